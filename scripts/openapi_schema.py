@@ -1,0 +1,216 @@
+"""Write the OpenAPI document of predict.py, as `cog build` would, so that a server without Docker validates its inputs.
+
+    python scripts/openapi_schema.py [--predictor predict.py:Predictor] [--out .cog/openapi_schema.json]
+
+Like cog's own generator this one reads the source and runs none of it. Where cog's would silently lose a limit or a
+default that is not a literal, this one stops with an error.
+"""
+
+import argparse
+import ast
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = {
+    "str": {"type": "string"},
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "Path": {"type": "string", "format": "uri"},
+}
+LIMITS = {"ge": "minimum", "le": "maximum", "min_length": "minLength", "max_length": "maxLength", "regex": "pattern"}
+
+
+class NotStatic(Exception):
+    """The source holds something that cog's generator would not understand."""
+
+
+def document(source: str, class_name: str, cog_version: str) -> dict[str, Any]:
+    """The OpenAPI 3.0.2 document of a predictor's source.
+
+    Raises:
+        NotStatic: an input is not a keyword-only `Input(...)` of literals, or a type is not one of `TYPES`.
+    """
+    method = _method(ast.parse(source), class_name)
+    arguments = method.args.args[1:]
+    if len(method.args.defaults) != len(arguments) and arguments:
+        first_default = len(arguments) - len(method.args.defaults)
+        raise NotStatic(f"{arguments[max(0, first_default - 1)].arg}: every input needs = Input(...)")
+    properties: dict[str, Any] = {}
+    enums: dict[str, Any] = {}
+    required = []
+    for order, (argument, call) in enumerate(zip(arguments, method.args.defaults)):
+        name = argument.arg
+        kind, optional = _type(name, argument.annotation)
+        given = _keywords(name, call)
+        if "default" not in given and not optional:
+            required.append(name)
+        properties[name], enum = _property(name, kind, optional, given, order)
+        if enum:
+            enums[name] = enum
+    inputs: dict[str, Any] = {"properties": properties, "title": "Input", "type": "object"}
+    if required:
+        inputs["required"] = required
+    output, _ = _type("the output", method.returns)
+    return _document(inputs, {"title": "Output", **TYPES[output]}, enums, cog_version)
+
+
+def _method(tree: ast.Module, class_name: str) -> ast.FunctionDef:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name in ("predict", "run"):
+                    return item
+    raise NotStatic(f"no class {class_name} with a predict() or run() method")
+
+
+def _type(name: str, annotation: ast.expr | None) -> tuple[str, bool]:
+    """(name in TYPES, whether None is allowed) of `T` or `T | None`."""
+    match annotation:
+        case ast.BinOp(left=ast.Name(id=kind), op=ast.BitOr(), right=ast.Constant(value=None)) if kind in TYPES:
+            return kind, True
+        case ast.Name(id=kind) if kind in TYPES:
+            return kind, False
+    shown = "nothing" if annotation is None else ast.unparse(annotation)
+    raise NotStatic(f"{name} is annotated with {shown}, not with one of {', '.join(TYPES)}, or one of them | None")
+
+
+def _keywords(name: str, call: ast.expr) -> dict[str, Any]:
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Input"):
+        raise NotStatic(f"{name}: the default is {ast.unparse(call)}, not Input(...)")
+    if call.args:
+        raise NotStatic(f"{name}: Input takes keywords here, default={ast.unparse(call.args[0])}")
+    given = {}
+    for keyword in call.keywords:
+        try:
+            given[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise NotStatic(f"{name}: {keyword.arg}={ast.unparse(keyword.value)} is not a literal") from error
+    return given
+
+
+def _property(
+    name: str, kind: str, optional: bool, given: dict[str, Any], order: int
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The schema of one input, and of its enumeration if it has choices."""
+    entry: dict[str, Any] = {}
+    if "default" in given:
+        entry["default"] = given["default"]
+    if given.get("description"):
+        entry["description"] = given["description"]
+    entry |= {LIMITS[key]: given[key] for key in LIMITS if key in given}
+    if optional:
+        entry["nullable"] = True
+    entry["x-order"] = order
+    enum = None
+    if "choices" in given:
+        entry["allOf"] = [{"$ref": f"#/components/schemas/{name}"}]
+        enum = {"description": "An enumeration.", "enum": given["choices"], "title": name, **TYPES[kind]}
+    else:
+        entry |= {"title": name.replace("_", " ").title(), **TYPES[kind]}
+    return dict(sorted(entry.items())), enum
+
+
+def _document(
+    inputs: dict[str, Any], output: dict[str, Any], enums: dict[str, Any], cog_version: str
+) -> dict[str, Any]:
+    def ref(name: str) -> dict[str, str]:
+        return {"$ref": f"#/components/schemas/{name}"}
+
+    def text(title: str, **more: Any) -> dict[str, Any]:
+        return {"title": title, "type": "string", **more}
+
+    def thing(title: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"title": title, "type": "object", "properties": properties, **more}
+
+    def answer(schema: dict[str, Any], description: str = "Successful Response") -> dict[str, Any]:
+        return {"content": {"application/json": {"schema": schema}}, "description": description}
+
+    invalid = answer(ref("HTTPValidationError"), "Validation Error")
+    moment = {"format": "date-time"}
+    location = {"title": "Location", "type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
+    schemas = {
+        "Input": inputs,
+        "Output": output,
+        **enums,
+        "PredictionRequest": thing("PredictionRequest", {"id": text("Id"), "input": ref("Input")}),
+        "PredictionResponse": thing(
+            "PredictionResponse",
+            {
+                "completed_at": text("Completed At", **moment),
+                "created_at": text("Created At", **moment),
+                "error": text("Error"),
+                "id": text("Id"),
+                "input": ref("Input"),
+                "logs": text("Logs"),
+                "metrics": {"title": "Metrics", "type": "object"},
+                "output": ref("Output"),
+                "started_at": text("Started At", **moment),
+                "status": text("Status"),
+                "version": text("Version"),
+            },
+        ),
+        "Status": {
+            "description": "An enumeration.",
+            "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
+            "title": "Status",
+            "type": "string",
+        },
+        "HTTPValidationError": thing(
+            "HTTPValidationError", {"detail": {"title": "Detail", "type": "array", "items": ref("ValidationError")}}
+        ),
+        "ValidationError": thing(
+            "ValidationError",
+            {"loc": location, "msg": text("Message"), "type": text("Error Type")},
+            required=["loc", "msg", "type"],
+        ),
+    }
+    predict = {
+        "description": "Run a single prediction on the model",
+        "operationId": "predict_predictions_post",
+        "requestBody": {"content": {"application/json": {"schema": ref("PredictionRequest")}}},
+        "responses": {"200": answer(ref("PredictionResponse")), "422": invalid},
+        "summary": "Predict",
+    }
+    cancel = {
+        "operationId": "cancel_predictions__prediction_id__cancel_post",
+        "parameters": [{"in": "path", "name": "prediction_id", "required": True, "schema": text("Prediction Id")}],
+        "responses": {"200": answer({}), "422": invalid},
+        "summary": "Cancel",
+    }
+    root = {"operationId": "root__get", "responses": {"200": answer({})}, "summary": "Root"}
+    health = {
+        "operationId": "healthcheck_health_check_get",
+        "responses": {"200": answer({})},
+        "summary": "Healthcheck",
+    }
+    return {
+        "components": {"schemas": schemas},
+        "info": {"title": "Cog", "version": cog_version},
+        "openapi": "3.0.2",
+        "paths": {
+            "/": {"get": root},
+            "/health-check": {"get": health},
+            "/predictions": {"post": predict},
+            "/predictions/{prediction_id}/cancel": {"post": cancel},
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--predictor", default=f"{ROOT / 'predict.py'}:Predictor", help="file:class")
+    parser.add_argument("--out", type=Path, default=ROOT / ".cog" / "openapi_schema.json")
+    args = parser.parse_args()
+    file, _, class_name = args.predictor.rpartition(":")
+    schema = document(Path(file).read_text(), class_name, version("cog"))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(schema, separators=(",", ":")) + "\n")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

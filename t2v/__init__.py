@@ -1,0 +1,14 @@
+"""Text-to-video: a prompt becomes the frames of a short video.
+
+request    what the caller asked for, in the caller's units, already valid
+text       prompt -> context
+unet3d     noisy latents, timestep, context -> the network's prediction
+sampler    schedules, update rules, guidance, the denoising loop
+vae        latents -> uint8 frames, in chunks
+video      uint8 frames -> file, verified
+weights    finds and loads a model's folder
+engine     ties them together: Engine.load(folder).generate(request) -> frames
+errors     what can go wrong, in sentences for the caller
+
+`engine` imports the others; the others import only `errors`.
+"""

@@ -1,0 +1,201 @@
+"""The model as a whole: a request in, frames out."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from t2v import weights
+from t2v.errors import InvalidRequest, WeightsError
+from t2v.request import Request
+from t2v.sampler import Schedule, Solver, denoise, guided
+from t2v.text import Text, load_tokenizer
+from t2v.unet3d import UNet3D, UNet3DConfig
+from t2v.vae import VAE
+
+Progress = Callable[[str, int, int], None]
+
+
+class Engine:
+    """Text encoder, denoiser, autoencoder and schedule of one model.
+
+    Attributes:
+        native_size: (height, width) in pixels the model was trained at.
+        name: of the model, for logs and files.
+        about: what the model can show, one sentence; empty where its index does not say.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        unet: UNet3D,
+        vae: VAE,
+        schedule: Schedule,
+        native_size: tuple[int, int],
+        name: str = "model",
+        about: str = "",
+        solver: Solver = "dpm++",
+    ):
+        self.text = text
+        self.unet = unet
+        self.vae = vae
+        self.schedule = schedule
+        self.native_size = native_size
+        self.name = name
+        self.about = about
+        self.solver: Solver = solver
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> "Engine":
+        """Load a model from a folder in diffusers' layout.
+
+        Args:
+            device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
+            dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
+
+        Raises:
+            WeightsError: the folder is not a whole model of this family, or the device or dtype does not exist.
+        """
+        folder = Path(folder)
+        where, precision = _device(device), _dtype(dtype, device)
+        weights.check(folder)
+        index = weights.read_json(folder / "model_index.json")
+        unet_config = weights.read_json(folder / "unet" / "config.json")
+
+        with torch.device("meta"):
+            unet = UNet3D(UNet3DConfig.from_dict(unet_config))
+        weights.load(unet, folder, "unet", where, precision)
+        text = Text(
+            load_tokenizer(str(folder / "tokenizer")),
+            _from_pretrained(CLIPTextModel, folder, "text_encoder", where, precision),
+        )
+        vae = VAE(_from_pretrained(AutoencoderKL, folder, "vae", where, precision))
+        if unet.config.in_channels != vae.channels or unet.config.cross_attention_dim != text.encoder.config.hidden_size:
+            raise WeightsError(f"{folder}: the networks do not belong together; their widths differ.")
+        return cls(
+            text,
+            unet,
+            vae,
+            Schedule.from_config(weights.read_json(folder / "scheduler" / "scheduler_config.json")),
+            native_size=_pair(unet_config.get("sample_size"), vae.factor),
+            name=index.get("_t2v_name", folder.resolve().name),
+            about=index.get("_t2v_about", ""),
+        )
+
+    def generate(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Iterator[np.ndarray]:
+        """Make the frames of a video.
+
+        Denoising runs before this returns; decoding runs as the frames are taken.
+
+        Args:
+            progress: called with (stage, done, total) as each of "text", "denoise" (per step) and "decode" (per frame)
+                goes on.
+
+        Returns:
+            An iterator of (n, H, W, 3) uint8 RGB arrays, request.num_frames frames in all.
+
+        Raises:
+            InvalidRequest: the size does not suit this model.
+        """
+        latents = self.denoised(request, progress)
+        return self._decoded(latents, progress)
+
+    @torch.inference_mode()
+    def denoised(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Tensor:
+        """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding."""
+        noise = self.noise(request)
+        context = self.text.encode(["", request.prompt])  # row 0 unconditional, row 1 conditional
+        progress("text", 1, 1)
+        steps = self.schedule.steps(self.solver, request.num_inference_steps)
+        predict = guided(self._network, context, request.guidance_scale)
+        return denoise(predict, noise, steps, lambda done, total: progress("denoise", done, total))
+
+    def noise(self, request: Request) -> Tensor:
+        """(1, channels, F, h, w) float32 unit normal, drawn on the CPU: one seed, one noise, on every device."""
+        height, width = self.size(request)
+        shape = (1, self.vae.channels, request.num_frames, height // self.vae.factor, width // self.vae.factor)
+        generator = torch.Generator().manual_seed(int(request.seed or 0))
+        return torch.randn(shape, generator=generator).to(self.text.encoder.device)
+
+    def size(self, request: Request) -> tuple[int, int]:
+        """(height, width) in pixels of the video the request asks for."""
+        height, width = request.height or self.native_size[0], request.width or self.native_size[1]
+        if height % self.vae.factor or width % self.vae.factor:
+            raise InvalidRequest(f"width and height must be multiples of {self.vae.factor}, not {width}x{height}.")
+        return height, width
+
+    def describe(self) -> str:
+        """The model's name and what it can show, one line."""
+        return f"{self.name}. {self.about}" if self.about else self.name
+
+    def metadata(self, request: Request) -> dict[str, Any]:
+        """What a file made from the request should say about itself, as JSON values."""
+        height, width = self.size(request)
+        return dataclasses.asdict(request) | {"width": width, "height": height, "model": self.name}
+
+    def _network(self, x: Tensor, t: int, context: Tensor) -> Tensor:
+        """The denoiser between the sampler's float32 and its own dtype."""
+        return self.unet(x.to(context.dtype), t, context).float()
+
+    def _decoded(self, latents: Tensor, progress: Progress) -> Iterator[np.ndarray]:
+        done = 0
+        for frames in self.vae.decode(latents):
+            done += len(frames)
+            progress("decode", done, latents.shape[2])
+            yield frames
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WeightsError(f"There is no device {name!r}; use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise WeightsError(f"The device {name!r} was asked for, but torch finds no CUDA here; use auto or cpu.")
+    return device
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        return torch.float16 if _device(device).type == "cuda" else torch.float32
+    if name not in names:
+        raise WeightsError(f"There is no dtype {name!r}; use auto, {', '.join(names)}.")
+    return names[name]
+
+
+def _from_pretrained(kind: Any, folder: Path, network: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network that transformers or diffusers loads; whatever they raise names the folder."""
+    key = "torch_dtype" if kind is AutoencoderKL else "dtype"
+    try:
+        module, report = kind.from_pretrained(
+            folder / network,
+            variant=weights.variant(folder, network),
+            use_safetensors=True,
+            output_loading_info=True,
+            **{key: dtype},
+        )
+    except Exception as error:
+        raise WeightsError(f"{folder / network} cannot be loaded: {error}") from error
+    wrong = [k for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in report.get(name, ())]
+    if wrong:
+        raise WeightsError(f"{folder / network}: the weights do not fit config.json; first: {sorted(map(str, wrong))[:3]}.")
+    module = module.to(device).requires_grad_(False)
+    return module.to(memory_format=torch.channels_last) if kind is AutoencoderKL else module
+
+
+def _pair(sample_size: Any, factor: int) -> tuple[int, int]:
+    """(height, width) in pixels from a config's sample_size in latents, one number or two."""
+    if isinstance(sample_size, int):
+        sample_size = (sample_size, sample_size)
+    if not (isinstance(sample_size, list | tuple) and len(sample_size) == 2):
+        raise WeightsError(f"unet/config.json: sample_size {sample_size!r} is not a size in latents.")
+    return sample_size[0] * factor, sample_size[1] * factor

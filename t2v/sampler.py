@@ -1,0 +1,210 @@
+"""Sampling as plain data and one loop: schedules, update rules, guidance. Knows functions, not models.
+
+Both solvers are linear in what they are given, so a whole trajectory is a list of `Step`s: five float64 numbers each,
+computed once per request. With alpha_bar the cumulative signal share, alpha = sqrt(alpha_bar) and
+sigma = sqrt(1 - alpha_bar), a noisy sample is x_t = alpha x_0 + sigma eps.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2v.errors import WeightsError
+
+Solver = Literal["dpm++", "ddim"]
+Predict = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the model was trained to be noised, read from its `scheduler_config.json`.
+
+    Attributes:
+        alpha_bar: (T,) float64, cumulative product of 1 - beta, falling from nearly 1; T is 1000.
+        prediction_type: what the network predicts, "epsilon" (noise) or "v_prediction" (velocity,
+            alpha eps - sigma x_0; Salimans and Ho, arXiv 2202.00512).
+        spacing: "leading", "linspace" or "trailing" (Lin et al., arXiv 2305.08891, table 2); None where the config is
+            silent, and each solver then takes its own: DDIM leading, DPM-Solver++ linspace.
+        steps_offset: added to the timesteps of leading spacing.
+        set_alpha_to_one: whether DDIM's last step ends at alpha_bar 1 rather than at alpha_bar[0].
+    """
+
+    alpha_bar: Tensor
+    prediction_type: str
+    spacing: str | None
+    steps_offset: int
+    set_alpha_to_one: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """Read a diffusers scheduler config (any class of this family).
+
+        Raises:
+            WeightsError: the config asks for something this sampler does not do.
+        """
+        prediction_type = config.get("prediction_type", "epsilon")
+        spacing = config.get("timestep_spacing")
+        for key, value, allowed in (
+            ("beta_schedule", config.get("beta_schedule"), ("scaled_linear",)),
+            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
+            ("timestep_spacing", spacing, (None, "leading", "linspace", "trailing")),
+            ("trained_betas", config.get("trained_betas"), (None,)),
+            ("clip_sample", config.get("clip_sample", False), (False,)),
+            ("thresholding", config.get("thresholding", False), (False,)),
+        ):
+            if value not in allowed:
+                raise WeightsError(f"scheduler_config.json: {key} = {value!r} is not supported, only {allowed}")
+        rescale = config.get("rescale_betas_zero_snr", False)
+        if rescale and prediction_type == "epsilon":
+            raise WeightsError("scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction")
+        return cls(
+            alpha_bar=_alpha_bar(config["beta_start"], config["beta_end"], config["num_train_timesteps"], rescale),
+            prediction_type=prediction_type,
+            spacing=spacing,
+            steps_offset=config.get("steps_offset", 0),
+            set_alpha_to_one=config.get("set_alpha_to_one", True),
+        )
+
+    def steps(self, solver: Solver, n: int) -> list["Step"]:
+        """The n updates from pure noise to a clean sample, in the order they are made. 1 <= n <= T."""
+        if not 1 <= n <= len(self.alpha_bar):
+            raise ValueError(f"{n} steps: a schedule of {len(self.alpha_bar)} timesteps allows 1 to that many")
+        return {"dpm++": self._dpm_solver_2m, "ddim": self._ddim}[solver](n)
+
+    def _ddim(self, n: int) -> list["Step"]:
+        """Deterministic DDIM (Song et al., arXiv 2010.02502, equation 12 with eta 0)."""
+        T = len(self.alpha_bar)
+        stride = T // n
+        match self.spacing or "leading":
+            case "leading":
+                grid = np.arange(n)[::-1] * stride + self.steps_offset
+            case "linspace":
+                grid = np.linspace(0, T - 1, n).round()[::-1]
+            case _:
+                grid = np.round(np.arange(T, 0, -T / n)) - 1
+        final = 1.0 if self.set_alpha_to_one else float(self.alpha_bar[0])
+        steps = []
+        for t in np.minimum(grid, T - 1).astype(int).tolist():
+            # The step's length is T // n whatever the spacing, as in the reference.
+            ab, ab_next = float(self.alpha_bar[t]), float(self.alpha_bar[t - stride]) if t >= stride else final
+            alpha, sigma = math.sqrt(ab), math.sqrt(1 - ab)
+            alpha_next, ratio = math.sqrt(ab_next), math.sqrt(1 - ab_next) / sigma
+            steps.append(self._step(t, alpha, sigma, from_x=ratio, from_x_0=alpha_next - ratio * alpha))
+        return steps
+
+    def _dpm_solver_2m(self, n: int) -> list["Step"]:
+        """DPM-Solver++(2M), midpoint form (Lu et al., arXiv 2211.01095, algorithm 2), ending at sigma 0.
+
+        The first and the last step are of first order. With fewer than 15 steps that is how the reference keeps them
+        stable; with more it follows from sigma 0.
+        """
+        T = len(self.alpha_bar)
+        match self.spacing or "linspace":
+            case "leading":
+                grid = np.arange(n + 1)[::-1][:-1] * max(1, T // (n + 1)) + self.steps_offset
+            case "linspace":
+                grid = np.linspace(0, T - 1, n + 1).round()[::-1][:-1]
+            case _:
+                grid = np.arange(T, 0, -T / n).round() - 1
+        grid = np.clip(grid, 0, T - 1).astype(int).tolist()
+        # A signal share of exactly 0 has no logarithm; the reference puts 2^-24 in its place.
+        ab = [max(float(self.alpha_bar[t]), 2.0**-24) for t in grid]
+        alpha = [math.sqrt(a) for a in ab] + [1.0]
+        sigma = [math.sqrt(1 - a) for a in ab] + [0.0]
+        lam = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]  # half log signal-to-noise ratio
+
+        steps = []
+        for i, t in enumerate(grid):
+            h = lam[i + 1] - lam[i]
+            weight = -alpha[i + 1] * math.expm1(-h)  # of x_0
+            before = 0.0  # of the previous x_0, through the difference D1 = (x_0 - previous) / r
+            if 0 < i < n - 1 and lam[i] > lam[i - 1]:
+                r = (lam[i] - lam[i - 1]) / h if h else math.inf
+                before = -weight / (2 * r)
+            ratio = sigma[i + 1] / sigma[i]
+            steps.append(self._step(t, alpha[i], sigma[i], ratio, from_x_0=weight - before, from_previous=before))
+        return steps
+
+    def _step(
+        self, t: int, alpha: float, sigma: float, from_x: float, from_x_0: float, from_previous: float = 0.0
+    ) -> "Step":
+        if self.prediction_type == "epsilon":
+            return Step(t, 1 / alpha, -sigma / alpha, from_x, from_x_0, from_previous)
+        return Step(t, alpha, -sigma, from_x, from_x_0, from_previous)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of a trajectory.
+
+    x_0    = x_0_from_x * x + x_0_from_prediction * prediction
+    x_next = from_x * x + from_x_0 * x_0 + from_previous * (x_0 of the step before)
+    """
+
+    t: int
+    x_0_from_x: float
+    x_0_from_prediction: float
+    from_x: float
+    from_x_0: float
+    from_previous: float = 0.0
+
+
+def denoise(
+    predict: Predict, x: Tensor, steps: list[Step], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Tensor:
+    """Run a trajectory.
+
+    Args:
+        predict: (x_t, t) -> the network's prediction, shape of x_t; guidance is in it.
+        x: noise, float32 (or float64), any shape.
+        steps: from `Schedule.steps`.
+        progress: called with (steps done, steps in all) after every step.
+
+    Returns:
+        The clean sample, shape and dtype of x.
+    """
+    previous = None
+    for done, step in enumerate(steps, start=1):
+        prediction = predict(x, step.t).to(x.dtype)
+        x_0 = step.x_0_from_x * x + step.x_0_from_prediction * prediction
+        x = step.from_x * x + step.from_x_0 * x_0
+        if step.from_previous:
+            assert previous is not None
+            x = x + step.from_previous * previous
+        previous = x_0
+        progress(done, len(steps))
+    return x
+
+
+def guided(network: Callable[[Tensor, int, Tensor], Tensor], context: Tensor, scale: float) -> Predict:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): uncond + scale * (cond - uncond).
+
+    Args:
+        network: (x (b, ...), t, context (b, n, D)) -> prediction (b, ...).
+        context: (2, n, D), row 0 unconditional, row 1 conditional.
+        scale: 1 needs only the conditional row and runs only that.
+    """
+    if scale == 1:
+        return lambda x, t: network(x, t, context[1:])
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        uncond, cond = network(torch.cat([x, x]), t, context).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return predict
+
+
+def _alpha_bar(beta_start: float, beta_end: float, T: int, rescale_zero_snr: bool) -> Tensor:
+    """(T,) float64 for scaled-linear betas, shifted and stretched to end at exactly 0 if asked (arXiv 2305.08891,
+    algorithm 1)."""
+    betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64).square()
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if rescale_zero_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    return alpha_bar

@@ -1,0 +1,70 @@
+"""Prompts -> context: CLIP's tokenizer and text encoder, with the token ids the original implementation makes.
+
+The original tokenizes with open_clip. transformers' tokenizer differs from it in two ways that change the picture: with
+this family's files it turns every `!` into the padding id, and it cleans the text less. So the text is cleaned here and
+padded here, and transformers only does the byte-pair encoding in between.
+"""
+
+import html
+import logging
+from typing import cast
+
+import ftfy
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+LENGTH = 77
+START, END, PAD = 49406, 49407, 0
+
+log = logging.getLogger(__name__)
+
+
+class Text:
+    """Text encoder of the model.
+
+    Args:
+        tokenizer: byte-pair encoder whose padding token is not `!` (see `load_tokenizer`).
+        encoder: its last hidden state, final layer norm applied, is the context. In this family the stored encoder
+            already lacks CLIP's last layer, so this is the penultimate one.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel):
+        self.tokenizer = tokenizer
+        self.encoder = encoder.eval()
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """(n, 77, D) context of n prompts, on the encoder's device in its dtype."""
+        ids = self.tokenize(prompts).to(self.encoder.device)
+        return self.encoder(input_ids=ids).last_hidden_state
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """(n, 77) int64 token ids: start, words, end, zeros.
+
+        A prompt of more than 75 tokens is cut there; a warning in the log quotes what was cut.
+        """
+        rows = torch.full((len(prompts), LENGTH), PAD, dtype=torch.int64)
+        for row, prompt in zip(rows, prompts):
+            words = cast(list[int], self.tokenizer.encode(clean(prompt), add_special_tokens=False))
+            if len(words) > LENGTH - 2:
+                cut = self.tokenizer.decode(words[LENGTH - 2 :])
+                log.warning("The prompt is longer than %d tokens; not used: %r", LENGTH - 2, cut)
+                words = words[: LENGTH - 2]
+            ids = [START, *words, END]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+
+def load_tokenizer(folder: str) -> CLIPTokenizer:
+    """CLIP's tokenizer from a folder with vocab.json and merges.txt.
+
+    The padding token is set to the end token: the files of this family name `!`, and a padding token is always encoded
+    as itself, so that every `!` of a prompt would vanish. Padding is done by `Text.tokenize`.
+    """
+    return CLIPTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+
+
+def clean(prompt: str) -> str:
+    """Mend mis-decoded characters, resolve HTML entities, squeeze white space, lower case: open_clip's cleaning."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(text.split()).lower()

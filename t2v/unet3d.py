@@ -1,0 +1,446 @@
+"""The denoiser: noisy latents, timestep, context -> the network's prediction.
+
+UNet3D is the network of the ModelScope text-to-video family (Wang et al., "ModelScope Text-to-Video Technical
+Report", arXiv 2308.06571): a 2D latent-diffusion U-Net whose every residual block is followed by a temporal
+convolution and whose every spatial transformer is followed by a temporal one. Parameter names and shapes are those of
+diffusers' `UNet3DConditionModel`, so its checkpoints load with `strict=True`.
+
+Activations live in one layout from end to end: `(b, F, h, w, c)`, contiguous, channels last. In that memory
+
+- a spatial convolution sees `(b*F, c, h, w)` in torch's channels_last format,
+- a temporal convolution is a 2D convolution with a (3, 1) kernel over an image of F rows and h*w columns,
+- every linear layer and layer norm works on the last axis,
+
+all of them as views. The only copies are the gather of q, k, v for temporal attention, where frames have to become the
+sequence axis, and its inverse.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2v.errors import WeightsError
+
+# The first temporal transformer always has 8 heads, whatever its width; the original hard-codes it.
+TRANSFORMER_IN_HEADS = 8
+
+
+@dataclass(frozen=True)
+class UNet3DConfig:
+    """Hyper-parameters of `UNet3D`; the defaults are the 1.7B model's."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",)
+    up_block_types: tuple[str, ...] = ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3
+    layers_per_block: int = 2
+    cross_attention_dim: int = 1024
+    attention_head_dim: int = 64
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    # Keys of a diffusers config that this network implements for one value only.
+    FIXED = {
+        "act_fn": "silu",
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "time_cond_proj_dim": None,
+        "num_attention_heads": None,
+    }
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "UNet3DConfig":
+        """Read a diffusers `unet/config.json`.
+
+        Keys it lacks keep their default; `sample_size` and private keys do not concern the network.
+
+        Raises:
+            WeightsError: the config asks for a variant of the network that is not implemented.
+        """
+        known = {f.name for f in fields(cls)}
+        for key, value in config.items():
+            if key in cls.FIXED and value != cls.FIXED[key]:
+                raise WeightsError(f"unet/config.json: {key} = {value!r} is not supported, only {cls.FIXED[key]!r}")
+            if key not in known and key not in cls.FIXED and key != "sample_size" and not key.startswith("_"):
+                raise WeightsError(f"unet/config.json: unknown key {key!r}; is this a text-to-video UNet3D?")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        down_ok = set(self.down_block_types) <= {"CrossAttnDownBlock3D", "DownBlock3D"}
+        up_ok = set(self.up_block_types) <= {"CrossAttnUpBlock3D", "UpBlock3D"}
+        levels = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
+        if not (down_ok and up_ok and len(levels) == 1 and isinstance(self.attention_head_dim, int)):
+            raise WeightsError(f"unet/config.json does not describe a text-to-video UNet3D: {self}")
+
+
+class UNet3D(nn.Module):
+    """Predicts the noise (or velocity, as the checkpoint was trained) in a noisy latent video."""
+
+    def __init__(self, config: UNet3DConfig = UNet3DConfig()):
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        temb = 4 * widths[0]
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], temb)
+        self.transformer_in = TemporalTransformer(
+            widths[0], TRANSFORMER_IN_HEADS, config.attention_head_dim, config.norm_num_groups
+        )
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of every map the way up will concatenate, in the order they are made
+        for level, kind in enumerate(config.down_block_types):
+            c_in, c_out = widths[max(level - 1, 0)], widths[level]
+            last = level == len(widths) - 1
+            c_ins = [c_in] + [c_out] * (config.layers_per_block - 1)
+            self.down_blocks.append(
+                Block(config, c_ins, c_out, temb, kind.startswith("CrossAttn"), resample=None if last else "down")
+            )
+            skips += [c_out] * (config.layers_per_block if last else config.layers_per_block + 1)
+
+        self.mid_block = MidBlock(config, widths[-1], temb)
+
+        self.up_blocks = nn.ModuleList()
+        c = widths[-1]
+        for level, kind in zip(reversed(range(len(widths))), config.up_block_types):
+            c_out = widths[level]
+            c_ins = []
+            for _ in range(config.layers_per_block + 1):
+                c_ins.append(c + skips.pop())
+                c = c_out
+            self.up_blocks.append(
+                Block(config, c_ins, c_out, temb, kind.startswith("CrossAttn"), resample="up" if level else None)
+            )
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor, t: int | Tensor, context: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            latents: (b, in_channels, F, h, w), any F, h, w >= 1.
+            t: diffusion timestep, an int or a tensor of shape () or (b,).
+            context: (b, n, cross_attention_dim) text embeddings; n is 77 with CLIP.
+
+        Returns:
+            (b, out_channels, F, h, w), dtype of `latents`.
+        """
+        t = torch.as_tensor(t, device=latents.device).expand(latents.shape[0])
+        temb = F.silu(self.time_embedding(t, latents.dtype))
+
+        x = latents.permute(0, 2, 3, 4, 1).contiguous()  # (b, F, h, w, c) from here to the last line
+        x = conv2d(self.conv_in, x)
+        x = self.transformer_in(x)
+
+        skips = [x]
+        for block in self.down_blocks:
+            x = block.down(x, temb, context, skips)
+        x = self.mid_block(x, temb, context)
+        for block in self.up_blocks:
+            x = block.up(x, temb, context, skips)
+
+        x = conv2d(self.conv_out, F.silu(frame_norm(self.conv_norm_out, x)))
+        return x.permute(0, 4, 1, 2, 3)
+
+
+class Block(nn.Module):
+    """One resolution of the way down or up: per layer residual, temporal convolution and, if `attention`, the two
+    transformers; then a resampling."""
+
+    def __init__(
+        self, config: UNet3DConfig, c_ins: list[int], c_out: int, temb: int, attention: bool, resample: str | None
+    ):
+        super().__init__()
+        groups = config.norm_num_groups
+        heads, head_dim = c_out // config.attention_head_dim, config.attention_head_dim
+        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, temb, groups, config.norm_eps) for c_in in c_ins)
+        self.temp_convs = nn.ModuleList(TemporalConvs(c_out, groups) for _ in c_ins)
+        self.attentions = nn.ModuleList()
+        self.temp_attentions = nn.ModuleList()
+        if attention:
+            for _ in c_ins:
+                self.attentions.append(SpatialTransformer(c_out, heads, head_dim, groups, config.cross_attention_dim))
+                self.temp_attentions.append(TemporalTransformer(c_out, heads, head_dim, groups))
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if resample == "up":
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.temp_convs[i](self.resnets[i](x, temb))
+        if self.attentions:
+            x = self.temp_attentions[i](self.attentions[i](x, context))
+        return x
+
+    def down(self, x: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        """Appends every map it makes to `skips`."""
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x
+
+    def up(self, x: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        """Takes from `skips` the maps it concatenates, and grows to the size of the one that comes next."""
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=-1), temb, context)
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x, skips[-1].shape[2:4])
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNet3DConfig, c: int, temb: int):
+        super().__init__()
+        groups, head_dim = config.norm_num_groups, config.attention_head_dim
+        self.resnets = nn.ModuleList(ResBlock(c, c, temb, groups, config.norm_eps) for _ in range(2))
+        self.temp_convs = nn.ModuleList(TemporalConvs(c, groups) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            [SpatialTransformer(c, c // head_dim, head_dim, groups, config.cross_attention_dim)]
+        )
+        self.temp_attentions = nn.ModuleList([TemporalTransformer(c, c // head_dim, head_dim, groups)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.temp_convs[0](self.resnets[0](x, temb))
+        x = self.temp_attentions[0](self.attentions[0](x, context))
+        return self.temp_convs[1](self.resnets[1](x, temb))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions on each frame, the timestep added between them."""
+
+    def __init__(self, c_in: int, c_out: int, temb: int, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x (b, F, h, w, c_in), temb (b, d) after its activation -> (b, F, h, w, c_out)."""
+        h = conv2d(self.conv1, F.silu(frame_norm(self.norm1, x)))
+        h = h + self.time_emb_proj(temb)[:, None, None, None, :]
+        h = conv2d(self.conv2, F.silu(frame_norm(self.norm2, h)))
+        return h + (x if self.conv_shortcut is None else conv2d(self.conv_shortcut, x))
+
+
+class TemporalConvs(nn.Module):
+    """Four norm + SiLU + (3,1,1) convolutions along the frames, around a residual connection."""
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        # The checkpoint's names: norm, activation, (dropout,) convolution as entries of a sequence.
+        self.conv1 = nn.ModuleDict({"0": nn.GroupNorm(groups, c), "2": TemporalConv(c)})
+        self.conv2 = nn.ModuleDict({"0": nn.GroupNorm(groups, c), "3": TemporalConv(c)})
+        self.conv3 = nn.ModuleDict({"0": nn.GroupNorm(groups, c), "3": TemporalConv(c)})
+        self.conv4 = nn.ModuleDict({"0": nn.GroupNorm(groups, c), "3": TemporalConv(c)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
+            norm, conv = stage.values()
+            h = conv(F.silu(video_norm(norm, h)))
+        return x + h
+
+
+class TemporalConv(nn.Module):
+    """Convolution over three neighbouring frames at each pixel.
+
+    The weight has the checkpoint's Conv3d shape (c, c, 3, 1, 1); on channels-last memory the same arithmetic is a 2D
+    convolution, which both oneDNN and cuDNN run several times faster.
+    """
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c, c, 3, 1, 1))
+        self.bias = nn.Parameter(torch.empty(c))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.uniform_(self.bias, -1 / math.sqrt(3 * c), 1 / math.sqrt(3 * c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.flatten(2, 3).permute(0, 3, 1, 2)  # (b, c, F, h*w)
+        y = F.conv2d(image, self.weight[..., 0], self.bias, padding=(1, 0))
+        return y.permute(0, 2, 3, 1).contiguous().view(x.shape)
+
+
+class SpatialTransformer(nn.Module):
+    """Self-attention within each frame, cross-attention to the text, feed-forward."""
+
+    def __init__(self, c: int, heads: int, head_dim: int, groups: int, context_dim: int):
+        super().__init__()
+        inner = heads * head_dim
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, inner)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, context_dim)])
+        self.proj_out = nn.Linear(inner, c)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (b, F, h, w, c), context (b, n, context_dim) -> (b, F, h, w, c)."""
+        block = self.transformer_blocks[0]
+        h = self.proj_in(frame_norm(self.norm, x))
+        h = h + block.attn1.within_frames(block.norm1(h))
+        h = h + block.attn2.to_context(block.norm2(h), context)
+        h = h + block.ff(block.norm3(h))
+        return x + self.proj_out(h)
+
+
+class TemporalTransformer(nn.Module):
+    """Two self-attentions along the frames at each pixel, feed-forward."""
+
+    def __init__(self, c: int, heads: int, head_dim: int, groups: int):
+        super().__init__()
+        inner = heads * head_dim
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, inner)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, inner)])
+        self.proj_out = nn.Linear(inner, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, F, h, w, c) -> (b, F, h, w, c)."""
+        block = self.transformer_blocks[0]
+        h = self.proj_in(video_norm(self.norm, x))
+        h = h + block.attn1.along_frames(block.norm1(h))
+        h = h + block.attn2.along_frames(block.norm2(h))
+        h = h + block.ff(block.norm3(h))
+        return x + self.proj_out(h)
+
+
+class TransformerBlock(nn.Module):
+    """The parameters of one pre-norm transformer block; the two transformers above say what attends to what."""
+
+    def __init__(self, c: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c)
+        self.attn1 = Attention(c, heads, c)
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = Attention(c, heads, context_dim)
+        self.norm3 = nn.LayerNorm(c)
+        self.ff = FeedForward(c)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; the three methods differ in which axis is the sequence."""
+
+    def __init__(self, c: int, heads: int, context_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(context_dim, c, bias=False)
+        self.to_v = nn.Linear(context_dim, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def within_frames(self, x: Tensor) -> Tensor:
+        """Every pixel attends to the pixels of its frame. (b, F, h, w, c) -> same."""
+        tokens = x.flatten(0, 1).flatten(1, 2)  # (b*F, h*w, c)
+        return self._attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)).view(x.shape)
+
+    def to_context(self, x: Tensor, context: Tensor) -> Tensor:
+        """Every pixel of every frame attends to the text, whose keys serve all frames. (b, F, h, w, c) -> same."""
+        return self._attend(self.to_q(x.flatten(1, 3)), self.to_k(context), self.to_v(context)).view(x.shape)
+
+    def along_frames(self, x: Tensor) -> Tensor:
+        """Every pixel attends to itself in all frames. (b, F, h, w, c) -> same."""
+        b, frames, h, w, c = x.shape
+
+        def sequences(y: Tensor) -> Tensor:  # (b*h*w, F, c)
+            return y.flatten(2, 3).transpose(1, 2).reshape(b * h * w, frames, c)
+
+        y = self._heads(sequences(self.to_q(x)), sequences(self.to_k(x)), sequences(self.to_v(x)))
+        y = y.view(b, h * w, frames, c).transpose(1, 2).reshape(x.shape)
+        return self.to_out[0](y)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.to_out[0](self._heads(q, k, v))
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(n, l, c), (n, s, c), (n, s, c) -> (n, l, c)."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """GEGLU, four times as wide inside (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(c, 8 * c)}), "2": nn.Linear(4 * c, c)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)
+        return self.net["2"](value * F.gelu(gate))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(self.conv, x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to a stated size, then 3x3: sizes that do not halve evenly come back exact."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return conv2d(self.conv, unframes(F.interpolate(frames(x), size=tuple(size), mode="nearest"), x.shape[0]))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids [cos, sin] of the timestep, then two linear layers."""
+
+    def __init__(self, c: int, c_out: int):
+        super().__init__()
+        self.c = c
+        self.linear_1 = nn.Linear(c, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (b,) -> (b, c_out)."""
+        half = self.c // 2
+        rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * rates
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+def frames(x: Tensor) -> Tensor:
+    """(b, F, h, w, c) -> (b*F, c, h, w), a channels_last view."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def unframes(y: Tensor, b: int) -> Tensor:
+    """(b*F, c, h, w) -> (b, F, h, w, c); a view when `y` is channels_last, which convolutions of such input return."""
+    return y.permute(0, 2, 3, 1).contiguous().unflatten(0, (b, -1))
+
+
+def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 2D convolution to every frame of (b, F, h, w, c)."""
+    return unframes(conv(frames(x)), x.shape[0])
+
+
+def frame_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Group norm with statistics of each frame of (b, F, h, w, c)."""
+    return unframes(norm(frames(x)), x.shape[0])
+
+
+def video_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Group norm with statistics over all frames of (b, F, h, w, c): the frames stacked into one tall image."""
+    tall = x.flatten(1, 2).permute(0, 3, 1, 2)  # (b, c, F*h, w)
+    return norm(tall).permute(0, 2, 3, 1).contiguous().view(x.shape)

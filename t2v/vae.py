@@ -1,0 +1,48 @@
+"""Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+# Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16.
+CHUNK_PIXELS = 2**19
+
+
+class VAE:
+    """Decoder half of the model's autoencoder; owns the latents' scale.
+
+    Attributes:
+        factor: pixels to one latent, per side.
+        channels: of a latent.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        self.autoencoder = autoencoder.eval()
+        config = autoencoder.config
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # pyright: ignore[reportAttributeAccessIssue]
+        self.channels: int = config.latent_channels  # pyright: ignore[reportAttributeAccessIssue]
+        self.scale: float = config.scaling_factor  # pyright: ignore[reportAttributeAccessIssue]
+
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Decode chunk by chunk.
+
+        Args:
+            latents: (1, channels, F, h, w), any float dtype.
+
+        Yields:
+            (n, H, W, 3) uint8 RGB, F frames in all. Values are rounded to the nearest; the original truncated.
+        """
+        images = latents[0].transpose(0, 1)  # (F, channels, h, w)
+        size = max(1, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1] * self.factor**2))
+        for chunk in images.split(size):
+            yield self._decode(chunk)
+
+    @torch.inference_mode()
+    def _decode(self, images: Tensor) -> np.ndarray:
+        z = (images / self.scale).to(self.autoencoder.dtype).contiguous(memory_format=torch.channels_last)
+        pixels: Tensor = self.autoencoder.decode(z, return_dict=False)[0]  # pyright: ignore[reportAssignmentType]
+        pixels = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()

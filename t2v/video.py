@@ -1,0 +1,138 @@
+"""uint8 frames -> a playable MP4, and proof that it is one. This module knows no tensors and no models."""
+
+import json
+import re
+import subprocess
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+
+from t2v.errors import VideoError
+
+CRF = 18  # constant rate factor of x264: 18 is visually lossless, 0 lossless, 51 worst
+MAX_TAG = 1000  # characters of the prompt kept in the file; a command line argument may not grow without bound
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a written file was found to hold when it was read back."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float
+
+
+def write_video(path: Path, chunks: Iterable[np.ndarray], fps: int, metadata: dict[str, Any]) -> VideoInfo:
+    """Encode frames as they come, then read the file back.
+
+    H.264, yuv420p, BT.709, +faststart, exact size, exact frame rate.
+
+    Args:
+        path: of the file to write, ending in .mp4; whatever stands there is replaced.
+        chunks: (n, H, W, 3) uint8 RGB arrays of one H x W, both even.
+        fps: frames per second.
+        metadata: JSON values. `prompt` becomes the title; all of it, prompt cleaned by `clean_tag`, the comment.
+
+    Raises:
+        VideoError: there were no frames, or the file is not what was to be written (disk full, encoder killed). No file
+            is left behind; nor is one if `chunks` raises or the call is cancelled.
+    """
+    writer = None
+    count = 0
+    size = (0, 0)
+    try:
+        for chunk in chunks:
+            for frame in chunk:
+                if writer is None:
+                    size = (frame.shape[1], frame.shape[0])
+                    writer = imageio_ffmpeg.write_frames(path, size, **_options(fps, metadata))
+                    writer.send(None)
+                writer.send(np.ascontiguousarray(frame))
+                count += 1
+        if writer is None:
+            raise VideoError("There are no frames to write.")
+        writer.close()
+        return _verify(path, VideoInfo(count, *size, fps))
+    except BaseException as error:  # also a cancellation, which is no Exception
+        if writer is not None:
+            _kill(writer)
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # write_frames reports a dead encoder so, with its whole command line
+            reason = str(error).split("\n", 1)[0]
+            raise VideoError(f"The video encoder stopped after {count} frames: {reason}") from error
+        raise
+
+
+def read_video(path: Path) -> tuple[VideoInfo, np.ndarray]:
+    """What the file holds, and its frames (F, H, W, 3) uint8 RGB.
+
+    Raises:
+        VideoError: it cannot be decoded.
+    """
+    try:
+        reader = imageio_ffmpeg.read_frames(str(path))
+        meta = next(reader)
+        width, height = meta["source_size"]
+        frames = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
+    except (OSError, RuntimeError, StopIteration, KeyError, IndexError) as error:
+        raise VideoError(f"{path.name} cannot be decoded.") from error
+    if not frames:
+        raise VideoError(f"{path.name} holds no frames.")
+    return VideoInfo(len(frames), width, height, meta["fps"]), np.stack(frames)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata `write_video` put into the file."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    # Lines of key=value, in which a backslash escapes = ; # \\ and the newline.
+    comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", text, re.MULTILINE | re.DOTALL)
+    return json.loads(re.sub(r"\\(.)", r"\1", comment[1], flags=re.DOTALL)) if comment else {}
+
+
+def clean_tag(text: str) -> str:
+    """The text without control, bidi-override and unpaired surrogate characters, white space squeezed, cut to 1,000
+    characters."""
+    kept = (c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn") else " " for c in text)
+    return " ".join("".join(kept).split())[:MAX_TAG]
+
+
+def _options(fps: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    tags = {key: clean_tag(value) if isinstance(value, str) else value for key, value in metadata.items()}
+    comment = json.dumps(tags, ensure_ascii=False)
+    params = ["-crf", str(CRF), "-preset", "veryfast", "-movflags", "+faststart", "-fflags", "+bitexact"]
+    # Without a stated matrix ffmpeg converts by BT.601 and players of large videos read BT.709: colours shift.
+    params += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
+    params += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+    params += ["-metadata", f"title={tags.get('prompt', '')}", "-metadata", f"comment={comment}"]
+    return {
+        "fps": fps,
+        "codec": "libx264",
+        "quality": None,
+        "macro_block_size": 1,  # the default, 16, would resize silently
+        "ffmpeg_log_level": "error",
+        "output_params": params,
+    }
+
+
+def _verify(path: Path, expected: VideoInfo) -> VideoInfo:
+    found, _ = read_video(path)
+    if (found.frames, found.width, found.height) != (expected.frames, expected.width, expected.height) or abs(
+        found.fps - expected.fps
+    ) > 0.01:
+        raise VideoError(f"The written video is not as it should be: {found}, expected {expected}. Is the disk full?")
+    return found
+
+
+def _kill(writer: Any) -> None:
+    """End the encoder now; closing would wait for it to finish the file."""
+    try:
+        writer.throw(KeyboardInterrupt)
+    except BaseException:  # the generator has ended, by this or before
+        pass
