@@ -52,11 +52,14 @@ class Clip:
 
     def sentence(self) -> str:
         """The standard sentence of a fully described clip."""
-        assert None not in (self.colour, self.shape, self.motion, self.background)
-        return (
-            f"a {ATTRIBUTES['colour'][self.colour]} {ATTRIBUTES['shape'][self.shape]} "
-            f"{MOTIONS[self.motion]} on a {ATTRIBUTES['background'][self.background]} background"
-        )
+        colour, shape, motion, background = self.words()
+        return f"a {colour} {shape} {motion} on a {background} background"
+
+    def words(self) -> tuple[str, str, str, str]:
+        """Colour, shape, motion and background of a fully described clip."""
+        indices = (self.colour, self.shape, self.motion, self.background)
+        colour, shape, motion, background = (v[i] for v, i in zip(ATTRIBUTES.values(), indices) if i is not None)
+        return colour, shape, motion, background
 
     def paraphrase(self, generator: torch.Generator) -> str:
         """A looser wording that says the same, leaving out what is None."""
@@ -73,8 +76,7 @@ class Clip:
                 way = motion.split()[1]
                 motion = pick(motion, motion, f"moves {way}", f"is {motion}", f"going {way}", f"moving to the {way}")
             else:
-                stem = motion[:-3].replace("shrink", "shrink").replace("shrinkk", "shrink")
-                motion = pick(motion, motion, f"{stem}s", f"is {motion}", f"{motion} in size")
+                motion = pick(motion, motion, f"{motion.removesuffix('ing')}s", f"is {motion}", f"{motion} in size")
             words += " " + motion
         if self.background is not None:
             name = ATTRIBUTES["background"][self.background]
@@ -99,23 +101,21 @@ def render(clips: list[Clip], generator: torch.Generator) -> tuple[Tensor, Tenso
     """
     pixels, masks = [], []
     for clip in clips:
-        assert clip.colour is not None and clip.background is not None
-        mask = _coverage(clip, generator)[:, None]
-        fore = torch.tensor(COLOURS[ATTRIBUTES["colour"][clip.colour]]).view(1, 3, 1, 1) / 127.5 - 1
-        back = torch.tensor(BACKGROUNDS[ATTRIBUTES["background"][clip.background]]).view(1, 3, 1, 1) / 127.5 - 1
+        colour, shape, motion, background = clip.words()
+        mask = _coverage(shape, motion, generator)[:, None]
+        fore = torch.tensor(COLOURS[colour]).view(1, 3, 1, 1) / 127.5 - 1
+        back = torch.tensor(BACKGROUNDS[background]).view(1, 3, 1, 1) / 127.5 - 1
         pixels.append(back + (fore - back) * mask)
         masks.append(mask)
     return torch.stack(pixels), torch.stack(masks)
 
 
-def _coverage(clip: Clip, generator: torch.Generator) -> Tensor:
-    """(FRAMES, SIZE, SIZE) coverage of the clip's shape along its motion."""
+def _coverage(shape: str, motion: str, generator: torch.Generator) -> Tensor:
+    """(FRAMES, SIZE, SIZE) coverage of the shape along its motion."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    assert clip.motion is not None and clip.shape is not None
-    motion = MOTIONS[clip.motion]
     s = torch.linspace(-0.5, 0.5, FRAMES)
     x = torch.full_like(s, SIZE / 2)
     y = torch.full_like(s, SIZE / 2)
@@ -136,7 +136,7 @@ def _coverage(clip: Clip, generator: torch.Generator) -> Tensor:
     grid = torch.arange(SIZE) + 0.5
     px = grid.view(1, 1, SIZE) - x.view(-1, 1, 1)
     py = y.view(-1, 1, 1) - grid.view(1, SIZE, 1)  # up is positive
-    return (0.5 - signed_distance(ATTRIBUTES["shape"][clip.shape], px, py, radius.view(-1, 1, 1))).clamp(0, 1)
+    return (0.5 - signed_distance(shape, px, py, radius.view(-1, 1, 1))).clamp(0, 1)
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

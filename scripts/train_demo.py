@@ -21,7 +21,9 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_world as world
-
 from t2v.sampler import Schedule
 from t2v.text import END, LENGTH, PAD, START, Text, load_tokenizer
 from t2v.unet3d import UNet3D, UNet3DConfig
@@ -54,7 +55,7 @@ VAE_CONFIG = {
     "sample_size": world.SIZE,
     "act_fn": "silu",
 }
-TEXT_CONFIG = {
+TEXT_CONFIG: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -129,7 +130,7 @@ def main() -> None:
     export(args, text, vae, scale, unet)
 
 
-def stage(args: argparse.Namespace, name: str, model: nn.Module, train) -> None:
+def stage(args: argparse.Namespace, name: str, model: nn.Module, train: Callable[..., None]) -> None:
     """Train `model`, or load what a former run made of it."""
     path = args.run / f"{name}.pt"
     if path.exists():
@@ -316,9 +317,7 @@ def encode_clips(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, 
     return latents * scale, stored["masks"].float(), [world.Clip(*c) for c in stored["clips"]], scale
 
 
-def train_unet(
-    args: argparse.Namespace, text: Text, latents: Tensor, masks: Tensor, clips: list[world.Clip]
-) -> UNet3D:
+def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Tensor, clips: list[world.Clip]) -> UNet3D:
     """Train the denoiser on velocity (Salimans and Ho, arXiv 2202.00512); returns the moving average of its weights.
 
     With a signal-to-noise ratio that ends at zero, the first steps of sampling see nothing but the text, and they

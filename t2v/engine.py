@@ -76,7 +76,10 @@ class Engine:
             _from_pretrained(CLIPTextModel, folder, "text_encoder", where, precision),
         )
         vae = VAE(_from_pretrained(AutoencoderKL, folder, "vae", where, precision))
-        if unet.config.in_channels != vae.channels or unet.config.cross_attention_dim != text.encoder.config.hidden_size:
+        if (
+            unet.config.in_channels != vae.channels
+            or unet.config.cross_attention_dim != text.encoder.config.hidden_size
+        ):
             raise WeightsError(f"{folder}: the networks do not belong together; their widths differ.")
         return cls(
             text,
@@ -187,7 +190,9 @@ def _from_pretrained(kind: Any, folder: Path, network: str, device: torch.device
         raise WeightsError(f"{folder / network} cannot be loaded: {error}") from error
     wrong = [k for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in report.get(name, ())]
     if wrong:
-        raise WeightsError(f"{folder / network}: the weights do not fit config.json; first: {sorted(map(str, wrong))[:3]}.")
+        raise WeightsError(
+            f"{folder / network}: the weights do not fit config.json; first: {sorted(map(str, wrong))[:3]}."
+        )
     module = module.to(device).requires_grad_(False)
     return module.to(memory_format=torch.channels_last) if kind is AutoencoderKL else module
 

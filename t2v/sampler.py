@@ -80,6 +80,7 @@ class Schedule:
         """Deterministic DDIM (Song et al., arXiv 2010.02502, equation 12 with eta 0)."""
         T = len(self.alpha_bar)
         stride = T // n
+        grid: np.ndarray
         match self.spacing or "leading":
             case "leading":
                 grid = np.arange(n)[::-1] * stride + self.steps_offset
@@ -104,6 +105,7 @@ class Schedule:
         stable; with more it follows from sigma 0.
         """
         T = len(self.alpha_bar)
+        grid: np.ndarray
         match self.spacing or "linspace":
             case "leading":
                 grid = np.arange(n + 1)[::-1][:-1] * max(1, T // (n + 1)) + self.steps_offset
@@ -111,15 +113,15 @@ class Schedule:
                 grid = np.linspace(0, T - 1, n + 1).round()[::-1][:-1]
             case _:
                 grid = np.arange(T, 0, -T / n).round() - 1
-        grid = np.clip(grid, 0, T - 1).astype(int).tolist()
+        ts = np.clip(grid, 0, T - 1).astype(int).tolist()
         # A signal share of exactly 0 has no logarithm; the reference puts 2^-24 in its place.
-        ab = [max(float(self.alpha_bar[t]), 2.0**-24) for t in grid]
+        ab = [max(float(self.alpha_bar[t]), 2.0**-24) for t in ts]
         alpha = [math.sqrt(a) for a in ab] + [1.0]
         sigma = [math.sqrt(1 - a) for a in ab] + [0.0]
         lam = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]  # half log signal-to-noise ratio
 
         steps = []
-        for i, t in enumerate(grid):
+        for i, t in enumerate(ts):
             h = lam[i + 1] - lam[i]
             weight = -alpha[i + 1] * math.expm1(-h)  # of x_0
             before = 0.0  # of the previous x_0, through the difference D1 = (x_0 - previous) / r

@@ -68,7 +68,7 @@ class UNet3DConfig:
                 raise WeightsError(f"unet/config.json: {key} = {value!r} is not supported, only {cls.FIXED[key]!r}")
             if key not in known and key not in cls.FIXED and key != "sample_size" and not key.startswith("_"):
                 raise WeightsError(f"unet/config.json: unknown key {key!r}; is this a text-to-video UNet3D?")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
         return cls(**values)
 
     def __post_init__(self) -> None:

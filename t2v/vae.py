@@ -22,9 +22,9 @@ class VAE:
     def __init__(self, autoencoder: AutoencoderKL):
         self.autoencoder = autoencoder.eval()
         config = autoencoder.config
-        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # pyright: ignore[reportAttributeAccessIssue]
-        self.channels: int = config.latent_channels  # pyright: ignore[reportAttributeAccessIssue]
-        self.scale: float = config.scaling_factor  # pyright: ignore[reportAttributeAccessIssue]
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)
+        self.channels: int = config.latent_channels
+        self.scale: float = config.scaling_factor
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Decode chunk by chunk.
@@ -43,6 +43,6 @@ class VAE:
     @torch.inference_mode()
     def _decode(self, images: Tensor) -> np.ndarray:
         z = (images / self.scale).to(self.autoencoder.dtype).contiguous(memory_format=torch.channels_last)
-        pixels: Tensor = self.autoencoder.decode(z, return_dict=False)[0]  # pyright: ignore[reportAssignmentType]
+        pixels: Tensor = self.autoencoder.decode(z, return_dict=False)[0]
         pixels = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,5 +1,6 @@
 """uint8 frames -> a playable MP4, and proof that it is one. This module knows no tensors and no models."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -132,7 +133,5 @@ def _verify(path: Path, expected: VideoInfo) -> VideoInfo:
 
 def _kill(writer: Any) -> None:
     """End the encoder now; closing would wait for it to finish the file."""
-    try:
+    with contextlib.suppress(BaseException):  # the generator has ended, by this or before
         writer.throw(KeyboardInterrupt)
-    except BaseException:  # the generator has ended, by this or before
-        pass

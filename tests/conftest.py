@@ -60,7 +60,7 @@ def reference_unet(dtype: torch.dtype = torch.float32, seed: int = 0, **config) 
         unet = randomise(UNet3DConditionModel(**config), seed)
     for p in unet.parameters():  # .to() warns about a list of modules that is empty here
         p.data = p.data.to(dtype)
-    return unet  # pyright: ignore[reportReturnType]
+    return unet
 
 
 @pytest.fixture(scope="session")

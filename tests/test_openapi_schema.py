@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import jsonschema
-import openapi_schema
 import pytest
-from conftest import ROOT
 
+import openapi_schema
+from conftest import ROOT
 from t2v.errors import InvalidRequest
 from t2v.request import BOUNDS, Request
 
 # The predictor for which tests/golden/cog_openapi_example.json was emitted by cog's own generator.
-EXAMPLE = '''
+EXAMPLE = """
 from cog import BasePredictor, Input, Path
 
 class Predictor(BasePredictor):
@@ -28,7 +28,7 @@ class Predictor(BasePredictor):
         scheduler: str = Input(default="ddim", choices=["ddim", "euler", "dpm"], description="Scheduler"),
     ) -> Path:
         pass
-'''
+"""
 
 
 def inputs() -> dict:

@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import MS_SCHEDULER
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from conftest import MS_SCHEDULER
 from t2v.errors import WeightsError
 from t2v.sampler import Schedule, denoise, guided
 
@@ -108,7 +108,7 @@ def test_alpha_bar_of_the_original():
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
 @pytest.mark.parametrize("name", ["as published", "zero terminal SNR"])
 def test_a_perfect_network_returns_the_clean_sample(solver, name: str):
-    """Told the true noise (or velocity) at every step, the sampler ends at x_0, by the equations and not by a library."""
+    """Told the true noise (or velocity) at every step, the sampler ends at x_0: a check against no library."""
     schedule = Schedule.from_config(MS_SCHEDULER | CONFIGS[name])
     x_0, eps = torch.randn(2, 4, 8, dtype=torch.float64)
     first = schedule.steps(solver, 20)[0].t

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import TINY_UNET, reference_unet
 from diffusers import UNet3DConditionModel
 
+from conftest import TINY_UNET, reference_unet
 from t2v.errors import WeightsError
 from t2v.unet3d import UNet3D, UNet3DConfig
 

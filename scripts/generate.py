@@ -1,0 +1,74 @@
+"""Make a video from the command line, without a server."""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from t2v.errors import T2VError  # noqa: E402
+from t2v.request import BOUNDS, Request  # noqa: E402
+
+
+def main() -> None:
+    defaults = Request()
+    parser = argparse.ArgumentParser(prog="scripts/generate", description=__doc__)
+    parser.add_argument("prompt", help="what to show, in English")
+    for name, kind, about in (
+        ("num_frames", int, "frames"),
+        ("num_inference_steps", int, "denoising steps"),
+        ("fps", int, "frames per second"),
+        ("seed", int, "random if omitted"),
+        ("guidance_scale", float, "weight of the prompt"),
+        ("width", int, "pixels, a multiple of 8; the model's own if omitted"),
+        ("height", int, "pixels, a multiple of 8; the model's own if omitted"),
+    ):
+        default = None if name == "seed" else getattr(defaults, name)
+        low, high = BOUNDS[name]
+        shown = "" if default is None else f" (default {default})"
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=kind, default=default, help=f"{about}; {low} to {high}{shown}")
+    parser.add_argument("--out", type=Path, help="the file to write (default outputs/<prompt>-<seed>.mp4)")
+    parser.add_argument("--weights", default=os.environ.get("T2V_WEIGHTS") or str(ROOT / "weights" / "demo"))
+    parser.add_argument("--device", default=os.environ.get("T2V_DEVICE") or "auto")
+    parser.add_argument("--dtype", default=os.environ.get("T2V_DTYPE") or "auto")
+    args = parser.parse_args()
+    try:
+        generate(args)
+    except T2VError as error:
+        sys.exit(f"scripts/generate: {error}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    inputs = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "device", "dtype")}
+    request = Request(**inputs)  # refused before the seconds that the libraries take to load
+
+    from tqdm import tqdm
+
+    from t2v.engine import Engine
+    from t2v.video import write_video
+
+    engine = Engine.load(args.weights, args.device, args.dtype)
+    print(f"Model: {engine.describe()}")
+    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
+    path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with tqdm(total=request.num_inference_steps, desc="denoise") as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == "denoise":
+                bar.update(done - bar.n)
+
+        info = write_video(path, engine.generate(request, progress), request.fps, engine.metadata(request))
+    seconds = time.perf_counter() - started
+    print(f"{info.frames} frames of {info.width}x{info.height} in {seconds:.1f} s, seed {request.seed}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
