@@ -23,7 +23,7 @@ def main() -> None:
         ("num_inference_steps", int, "denoising steps"),
         ("fps", int, "frames per second"),
         ("seed", int, "random if omitted"),
-        ("guidance_scale", float, "weight of the prompt"),
+        ("guidance_scale", float, "weight of the prompt; the model's own if omitted"),
         ("width", int, "pixels, a multiple of 8; the model's own if omitted"),
         ("height", int, "pixels, a multiple of 8; the model's own if omitted"),
     ):

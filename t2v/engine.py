@@ -29,6 +29,7 @@ class Engine:
         native_size: (height, width) in pixels the model was trained at.
         name: of the model, for logs and files.
         about: what the model can show, one sentence; empty where its index does not say.
+        guidance_scale: for requests that leave it to the model.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Engine:
         native_size: tuple[int, int],
         name: str = "model",
         about: str = "",
+        guidance_scale: float = 9.0,
         solver: Solver = "dpm++",
     ):
         self.text = text
@@ -49,6 +51,7 @@ class Engine:
         self.native_size = native_size
         self.name = name
         self.about = about
+        self.guidance_scale = guidance_scale
         self.solver: Solver = solver
 
     @classmethod
@@ -89,6 +92,7 @@ class Engine:
             native_size=_pair(unet_config.get("sample_size"), vae.factor),
             name=index.get("_t2v_name", folder.resolve().name),
             about=index.get("_t2v_about", ""),
+            guidance_scale=index.get("_t2v_guidance_scale", 9.0),
         )
 
     def generate(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Iterator[np.ndarray]:
@@ -116,7 +120,7 @@ class Engine:
         context = self.text.encode(["", request.prompt])  # row 0 unconditional, row 1 conditional
         progress("text", 1, 1)
         steps = self.schedule.steps(self.solver, request.num_inference_steps)
-        predict = guided(self._network, context, request.guidance_scale)
+        predict = guided(self._network, context, self.guidance(request))
         return denoise(predict, noise, steps, lambda done, total: progress("denoise", done, total))
 
     def noise(self, request: Request) -> Tensor:
@@ -133,6 +137,10 @@ class Engine:
             raise InvalidRequest(f"width and height must be multiples of {self.vae.factor}, not {width}x{height}.")
         return height, width
 
+    def guidance(self, request: Request) -> float:
+        """Guidance scale of a request."""
+        return self.guidance_scale if request.guidance_scale is None else request.guidance_scale
+
     def describe(self) -> str:
         """The model's name and what it can show, one line."""
         return f"{self.name}. {self.about}" if self.about else self.name
@@ -140,7 +148,8 @@ class Engine:
     def metadata(self, request: Request) -> dict[str, Any]:
         """What a file made from the request should say about itself, as JSON values."""
         height, width = self.size(request)
-        return dataclasses.asdict(request) | {"width": width, "height": height, "model": self.name}
+        settled = {"width": width, "height": height, "guidance_scale": self.guidance(request), "model": self.name}
+        return dataclasses.asdict(request) | settled
 
     def _network(self, x: Tensor, t: int, context: Tensor) -> Tensor:
         """The denoiser between the sampler's float32 and its own dtype."""

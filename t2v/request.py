@@ -18,6 +18,7 @@ BOUNDS = {
     "width": (16, 1024),
     "height": (16, 1024),
 }
+MODELS_OWN = ("guidance_scale", "width", "height")  # None stands for what suits the model
 UNITS = {"width": "pixels", "height": "pixels"}
 SIZE_MULTIPLE = 8  # pixels to one latent
 
@@ -32,7 +33,8 @@ class Request:
         num_inference_steps: denoising steps, 1 to 500.
         fps: frames per second of the written file, 1 to 60.
         seed: 0 to 2^32 - 1; None draws one, and the attribute then holds it.
-        guidance_scale: weight of the prompt against the empty prompt, 1 to 30; 1 is no guidance.
+        guidance_scale: weight of the prompt against the empty prompt, 1 to 30; 1 is no guidance; None is the model's
+            own, which for the 1.7B model is 9.
         width, height: pixels, multiples of 8, 16 to 1024; None is the model's native size.
 
     Raises:
@@ -44,7 +46,7 @@ class Request:
     num_inference_steps: int = 50
     fps: int = 8
     seed: int | None = None
-    guidance_scale: float = 9.0
+    guidance_scale: float | None = None
     width: int | None = None
     height: int | None = None
 
@@ -59,7 +61,7 @@ class Request:
             object.__setattr__(self, "seed", random.SystemRandom().randint(0, MAX_SEED))
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "prompt" or (value is None and field.name in ("width", "height")):
+            if field.name == "prompt" or (value is None and field.name in MODELS_OWN):
                 continue
             number = _number(field.name, value, whole=field.name != "guidance_scale")
             object.__setattr__(self, field.name, number)

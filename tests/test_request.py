@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from t2v.errors import InvalidRequest
+from t2v.request import MAX_PROMPT, MAX_SEED, Request
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("prompt", "", "prompt is blank"),
+        ("prompt", " \n\t", "prompt is blank"),
+        ("prompt", None, "prompt must be text, not None"),
+        ("prompt", 5, "prompt must be text, not 5"),
+        ("prompt", "a" * (MAX_PROMPT + 1), "prompt has 10001 characters; at most 10000"),
+        ("num_frames", 0, "num_frames must be a whole number from 1 to 128, not 0"),
+        ("num_frames", 129, "not 129"),
+        ("num_frames", 3.7, "not 3.7"),
+        ("num_frames", "16", "not '16'"),
+        ("num_frames", True, "not True"),
+        ("num_frames", None, "not None"),
+        ("num_inference_steps", 0, "num_inference_steps must be a whole number from 1 to 500, not 0"),
+        ("num_inference_steps", 501, "not 501"),
+        ("num_inference_steps", [50], r"not \[50\]"),
+        ("fps", 0, "fps must be a whole number from 1 to 60"),
+        ("fps", math.nan, "not nan"),
+        ("fps", math.inf, "not inf"),
+        ("seed", -1, "seed must be a whole number from 0 to 4294967295, not -1"),
+        ("seed", MAX_SEED + 1, "not 4294967296"),
+        ("seed", 1.8446744073709552e19, "not 1.8446744073709552e"),
+        ("seed", "x" * 500, r"not 'x+\.\.\.\.$"),
+        ("guidance_scale", 0.5, "guidance_scale must be a number from 1 to 30, not 0.5"),
+        ("guidance_scale", math.nan, "not nan"),
+        ("width", 100, "width must be a multiple of 8; 100 is not, 96 is"),
+        ("height", 8, r"height must be a whole number from 16 to 1024 \(pixels\), not 8"),
+    ],
+)
+def test_bad_values_are_named(field: str, value: object, words: str):
+    with pytest.raises(InvalidRequest, match=words):
+        Request(**{field: value})
+
+
+def test_whole_floats_from_json_become_ints():
+    request = Request(num_frames=16.0, num_inference_steps=2.0, fps=8.0, seed=7.0, guidance_scale=9)
+    assert (request.num_frames, request.num_inference_steps, request.fps, request.seed) == (16, 2, 8, 7)
+    assert all(type(v) is int for v in (request.num_frames, request.num_inference_steps, request.fps, request.seed))
+    assert type(request.guidance_scale) is float and Request().guidance_scale is None
+
+
+def test_seed_zero_is_a_seed():
+    assert Request(seed=0).seed == 0
+
+
+def test_no_seed_draws_one_and_says_which():
+    seeds = {Request().seed for _ in range(20)}
+    assert len(seeds) > 15 and all(isinstance(s, int) and 0 <= s <= MAX_SEED for s in seeds)
+
+
+def test_limits_themselves_are_allowed():
+    Request(
+        prompt="a" * MAX_PROMPT, num_frames=1, num_inference_steps=500, fps=60, seed=MAX_SEED, width=1024, height=16
+    )

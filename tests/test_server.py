@@ -1,0 +1,217 @@
+"""The real server, on 127.0.0.1, with tiny weights: what a caller sends and gets."""
+
+import base64
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+import openapi_schema
+from conftest import ROOT
+from t2v.video import VideoInfo, read_metadata, read_video
+
+QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
+
+
+class Server:
+    def __init__(self, port: int, process: subprocess.Popen, log: Path):
+        self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
+
+    def health(self) -> dict[str, Any]:
+        return requests.get(f"{self.url}/health-check", timeout=10).json()
+
+    def predict(self, **request: Any) -> requests.Response:
+        """POST, again while the slot of the request before is not yet free (409), which the server allows itself."""
+        for _ in range(100):
+            response = requests.post(f"{self.url}/predictions", json=request, timeout=120)
+            if response.status_code != 409:
+                return response
+            time.sleep(0.1)
+        raise AssertionError("the server stays busy")
+
+
+@contextmanager
+def serve(folder: Path, weights: Path | None, schema: bool) -> Iterator[Server]:
+    """Cog's server on a copy of the project by links, with or without the generated schema."""
+    folder.mkdir()
+    for name in ("predict.py", "t2v"):
+        (folder / name).symlink_to(ROOT / name)
+    if schema:
+        subprocess.run(
+            [sys.executable, ROOT / "scripts" / "openapi_schema.py", "--out", folder / ".cog" / "openapi_schema.json"],
+            check=True,
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tmp = folder / "tmp"
+    tmp.mkdir()
+    environment = os.environ | {
+        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "PORT": str(port),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "T2V_DEVICE": "cpu",
+        "TMPDIR": str(tmp),
+    }
+    environment.pop("T2V_WEIGHTS", None)
+    if weights:
+        environment["T2V_WEIGHTS"] = str(weights)
+    log = folder / "server.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+            cwd=folder,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        server = Server(port, process, log)
+        try:
+            deadline = time.monotonic() + 180
+            while time.monotonic() < deadline:
+                try:
+                    if server.health()["status"] != "STARTING":
+                        break
+                except requests.ConnectionError:
+                    pass
+                time.sleep(0.2)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("with") / "schema", tiny_folder, schema=True) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def bare_server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("without") / "schema", tiny_folder, schema=False) as started:
+        yield started
+
+
+def video(answer: dict[str, Any], path: Path) -> tuple[VideoInfo, np.ndarray]:
+    kind, _, data = answer["output"].partition(",")
+    assert kind == "data:video/mp4;base64"
+    path.write_bytes(base64.b64decode(data))
+    return read_video(path)
+
+
+def test_it_is_ready_and_serves_its_schema(server: Server):
+    assert server.health()["status"] == "READY"
+    served = requests.get(f"{server.url}/openapi.json", timeout=10).json()
+    expected = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", served["info"]["version"])
+    assert served["components"]["schemas"]["Input"] == expected["components"]["schemas"]["Input"]
+
+
+def test_a_prediction_is_a_video_of_the_asked_length_and_rate(server: Server, tmp_path: Path):
+    answer = server.predict(input=QUICK).json()
+    assert answer["status"] == "succeeded", answer
+    info, _ = video(answer, tmp_path / "a.mp4")
+    assert info == VideoInfo(3, 32, 32, 7)
+    assert read_metadata(tmp_path / "a.mp4")["seed"] == 0
+    assert answer["metrics"]["seed"] == 0 and answer["metrics"]["model"] == "tiny"
+    assert "Using seed: 0" in answer["logs"] and "100%|" in answer["logs"]
+
+
+def test_same_seed_same_frames_and_seed_zero_is_a_seed(server: Server, tmp_path: Path):
+    first, second, other = (
+        video(server.predict(input=QUICK | {"seed": seed}).json(), tmp_path / "a.mp4")[1] for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+def test_without_a_seed_every_prediction_differs(server: Server):
+    quick = {k: v for k, v in QUICK.items() if k != "seed"}
+    seeds = {server.predict(input=quick).json()["metrics"]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_only_the_latest_output_stays_on_disk(server: Server):
+    server.predict(input=QUICK)
+    server.predict(input=QUICK)
+    assert len(list((server.log.parent / "tmp").rglob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize(
+    "inputs, words",
+    [
+        ({"num_inference_steps": 0}, "0 is less than the minimum of 1"),
+        ({"num_inference_steps": 501}, "501 is greater than the maximum of 500"),
+        ({"num_frames": "16"}, 'is not of type "integer"'),
+        ({"num_frames": 129}, "maximum of 128"),
+        ({"fps": 1.5}, 'is not of type "integer"'),
+        ({"seed": -1}, "minimum of 0"),
+        ({"prompt": 3}, 'is not of type "string"'),
+    ],
+)
+def test_the_schema_refuses_bad_inputs(server: Server, inputs: dict[str, Any], words: str):
+    response = server.predict(input=QUICK | inputs)
+    assert response.status_code == 422 and words in response.json()["detail"][0]["msg"]
+
+
+@pytest.mark.parametrize(
+    "inputs, sentence",
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 500, not 0."),
+        ({"num_inference_steps": 501}, "num_inference_steps must be a whole number from 1 to 500, not 501."),
+        ({"num_frames": "16"}, "num_frames must be a whole number from 1 to 128, not '16'."),
+        ({"fps": None}, "fps must be a whole number from 1 to 60, not None."),
+        ({"seed": 2**64}, "seed must be a whole number from 0 to 4294967295"),
+        ({"prompt": " "}, "prompt is blank"),
+    ],
+)
+def test_python_refuses_them_when_there_is_no_schema(bare_server: Server, inputs: dict[str, Any], sentence: str):
+    answer = bare_server.predict(input=QUICK | inputs).json()
+    assert answer["status"] == "failed" and "InvalidRequest" in answer["error"] and sentence in answer["error"]
+
+
+def test_omitted_inputs_take_their_defaults_without_a_schema_too(bare_server: Server, tmp_path: Path):
+    answer = bare_server.predict(input={"num_frames": 1.0, "num_inference_steps": 1}).json()
+    assert answer["status"] == "succeeded", answer
+    assert video(answer, tmp_path / "a.mp4")[0] == VideoInfo(1, 32, 32, 8)
+    assert read_metadata(tmp_path / "a.mp4")["prompt"] == "An astronaut riding a horse"
+
+
+def test_long_and_strange_prompts_make_videos(server: Server, tmp_path: Path):
+    for prompt in ("word " * 200 + "last", 'a "b" $(c) ; \\ \n é 日本 😀 \u202e', "-y /tmp/x"):
+        answer = server.predict(input=QUICK | {"prompt": prompt}).json()
+        assert answer["status"] == "succeeded", answer
+        assert ("not used" in answer["logs"]) == prompt.startswith("word")
+        assert video(answer, tmp_path / "a.mp4")[0].frames == 3
+
+
+def test_cancelling_frees_the_server_and_leaves_no_file(server: Server):
+    slow = QUICK | {"num_inference_steps": 500, "num_frames": 32}
+    started = requests.put(
+        f"{server.url}/predictions/slow", json={"input": slow}, headers={"Prefer": "respond-async"}, timeout=10
+    )
+    assert started.status_code == 202
+    time.sleep(1)
+    assert requests.post(f"{server.url}/predictions/slow/cancel", timeout=10).status_code == 200
+    assert server.predict(input=QUICK).json()["status"] == "succeeded"
+    assert len(list((server.log.parent / "tmp").rglob("*.mp4"))) == 1
+
+
+def test_missing_weights_fail_setup_in_one_sentence(tmp_path: Path):
+    with serve(tmp_path / "server", tmp_path / "ms-1.7b", schema=True) as broken:
+        health = broken.health()
+        assert health["status"] == "SETUP_FAILED"
+        assert "There is no weights folder" in health["setup"]["logs"] and "ms-1.7b" in health["setup"]["logs"]
+        assert "Traceback" in broken.log.read_text()

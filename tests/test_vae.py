@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+import torch
+
+from t2v import vae as module
+from t2v.engine import Engine
+
+
+def test_decodes_as_diffusers_does(tiny: Engine):
+    latents = torch.randn(1, 4, 3, 4, 6)
+    frames = np.concatenate(list(tiny.vae.decode(latents)))
+    with torch.inference_mode():
+        z = latents[0].transpose(0, 1) / tiny.vae.autoencoder.config.scaling_factor
+        pixels = tiny.vae.autoencoder.decode(z).sample
+    expected = (pixels.permute(0, 2, 3, 1).numpy() * 0.5 + 0.5).clip(0, 1) * 255
+    assert frames.dtype == np.uint8 and frames.shape == (3, 32, 48, 3)
+    assert np.abs(frames - expected).max() <= 0.5 + 1e-3  # nearest value, not truncated
+
+
+def test_chunks_are_bounded_and_equal_the_whole(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+    latents = torch.randn(1, 4, 7, 4, 4)
+    whole = list(tiny.vae.decode(latents))
+    monkeypatch.setattr(module, "CHUNK_PIXELS", 3 * 32 * 32)
+    chunks = list(tiny.vae.decode(latents))
+    assert [len(c) for c in chunks] == [3, 3, 1] and len(whole) == 1
+    difference = np.abs(np.concatenate(chunks).astype(int) - whole[0])
+    assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_one_frame_larger_than_a_chunk(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "CHUNK_PIXELS", 1)
+    assert [len(c) for c in tiny.vae.decode(torch.randn(1, 4, 2, 2, 2))] == [1, 1]
+
+
+def test_scale_and_factor_come_from_the_config(tiny: Engine):
+    assert (tiny.vae.factor, tiny.vae.channels, tiny.vae.scale) == (8, 4, 0.18215)

@@ -1,0 +1,108 @@
+"""A folder is a whole model of this family, or the error says what is wrong with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t2v.engine import Engine
+from t2v.errors import WeightsError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def load_error(folder: Path, **how: str) -> str:
+    with pytest.raises(WeightsError) as caught:
+        Engine.load(folder, **({"device": "cpu"} | how))
+    return str(caught.value)
+
+
+def test_no_folder(tmp_path: Path):
+    assert "no weights folder" in load_error(tmp_path / "absent")
+
+
+def test_everything_missing_is_named_at_once(broken_copy: Path):
+    (broken_copy / UNET).unlink()
+    (broken_copy / "tokenizer" / "merges.txt").unlink()
+    (broken_copy / "vae" / "config.json").unlink()
+    message = load_error(broken_copy)
+    assert all(name in message for name in (UNET, "tokenizer/merges.txt", "vae/config.json"))
+
+
+def test_another_kind_of_model(broken_copy: Path):
+    (broken_copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert "StableDiffusionPipeline" in load_error(broken_copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\x00\x01"])
+def test_config_that_is_no_json_object(broken_copy: Path, content: str):
+    (broken_copy / "unet" / "config.json").write_text(content)
+    assert "unet/config.json" in load_error(broken_copy)
+
+
+def test_tensors_missing_unknown_or_of_another_shape(broken_copy: Path):
+    state = load_file(broken_copy / UNET)
+    state["stranger"] = state.pop("conv_in.bias")
+    state["conv_out.bias"] = torch.zeros(5)
+    save_file(state, broken_copy / UNET)
+    message = load_error(broken_copy)
+    assert "conv_in.bias is missing" in message
+    assert "stranger is unknown" in message
+    assert "conv_out.bias has shape (5,), not (4,)" in message
+
+
+def test_truncated_file(broken_copy: Path):
+    data = (broken_copy / UNET).read_bytes()
+    (broken_copy / UNET).write_bytes(data[: len(data) // 2])
+    message = load_error(broken_copy)
+    assert UNET in message and "download it again" in message
+
+
+@pytest.mark.parametrize("network", ["vae", "text_encoder"])
+def test_other_networks_are_strict_too(broken_copy: Path, network: str):
+    path = next((broken_copy / network).glob("*.safetensors"))
+    state = load_file(path)
+    state.pop(sorted(state)[0])
+    save_file(state, path, metadata={"format": "pt"})
+    assert f"broken/{network}" in load_error(broken_copy)
+
+
+def test_networks_of_different_models(broken_copy: Path):
+    config = json.loads((broken_copy / "vae" / "config.json").read_text()) | {"latent_channels": 8}
+    (broken_copy / "vae" / "config.json").write_text(json.dumps(config))
+    load_error(broken_copy)
+
+
+def test_half_precision_files_with_infix(broken_copy: Path):
+    """The published half-precision set: *.fp16.safetensors in every folder."""
+    for path in broken_copy.glob("*/*.safetensors"):
+        state = {k: v.half() for k, v in load_file(path).items()}
+        save_file(state, path.with_name(f"{path.stem}.fp16.safetensors"), metadata={"format": "pt"})
+        path.unlink()
+    engine = Engine.load(broken_copy, device="cpu")
+    assert {p.dtype for p in engine.unet.parameters()} == {torch.float32}
+    assert engine.text.encoder.dtype == engine.vae.autoencoder.dtype == torch.float32
+
+
+def test_text_encoder_keys_with_the_prefix_of_transformers_4(broken_copy: Path, tiny: Engine):
+    path = broken_copy / "text_encoder" / "model.safetensors"
+    state = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    loaded = Engine.load(broken_copy, device="cpu")
+    assert torch.equal(loaded.text.encode(["a circle"]), tiny.text.encode(["a circle"]))
+
+
+def test_nothing_stays_on_meta_or_learns(tiny: Engine):
+    for module in (tiny.unet, tiny.text.encoder, tiny.vae.autoencoder):
+        assert not module.training
+        for tensor in (*module.parameters(), *module.buffers()):
+            assert tensor.device.type == "cpu" and not tensor.requires_grad
+
+
+def test_unknown_device_and_dtype(tiny_folder: Path):
+    assert "no device 'gpu'" in load_error(tiny_folder, device="gpu")
+    assert "no dtype 'int8'" in load_error(tiny_folder, dtype="int8")
+    if not torch.cuda.is_available():
+        assert "no CUDA" in load_error(tiny_folder, device="cuda")
