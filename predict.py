@@ -20,7 +20,7 @@ from cog import BasePredictor, Input, Path
 from tqdm import tqdm
 
 from t2v.engine import Engine
-from t2v.errors import InvalidRequest
+from t2v.errors import InvalidRequest, OutOfMemory
 from t2v.request import Request
 from t2v.video import write_video
 
@@ -65,6 +65,10 @@ class Predictor(BasePredictor):
             return Path(self._make(request))
         except InvalidRequest:
             raise
+        except torch.OutOfMemoryError as error:
+            traceback.print_exc()
+            torch.cuda.empty_cache()
+            raise OutOfMemory(f"{num_frames} frames do not fit the GPU's memory; ask for fewer.") from error
         except Exception:
             traceback.print_exc()  # Cog drops the traceback
             raise

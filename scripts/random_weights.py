@@ -1,4 +1,4 @@
-"""Write a model folder of the 1.7B model's full size with random weights: for speed, memory and load times, not pictures.
+"""Write a model folder of the 1.7B model's full size with random weights: for speed, memory and load times.
 
     python scripts/random_weights.py weights/ms-1.7b-random
 

@@ -42,6 +42,7 @@ from t2v.unet3d import UNet3D, UNet3DConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VAE_LEARNING_RATE = 2.5e-3
+COLOURS_FIRST = 1500  # denoiser steps before the timesteps move further to the noisy end
 
 VAE_CONFIG = {
     "in_channels": 3,
@@ -192,7 +193,7 @@ def train_vae(args: argparse.Namespace, vae: AutoencoderKL) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == args.vae_steps - 1:
-            psnr = 10 * math.log10(4 / float((y - x).square().mean()))
+            psnr = 10 * math.log10(4 / float((y - x).detach().square().mean()))
             log("vae", step, args.vae_steps, start, loss=float(loss), kl=float(kl), psnr=psnr)
     standardise(vae, torch.cat([random_frames(64, generator)[0] for _ in range(16)]).to(args.device))
 
@@ -322,7 +323,8 @@ def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Ten
 
     With a signal-to-noise ratio that ends at zero, the first steps of sampling see nothing but the text, and they
     decide what is shown. So timesteps are drawn towards the noisy end, evenly spread within each batch, and the loss is
-    plain velocity error, which weighs them fully; latent pixels that the shape covers count more.
+    plain velocity error, which weighs them fully; latent pixels that the shape covers count more. Colours are learned
+    first and everywhere; where a shape is in which frame is decided above t = 850, so later steps look there most.
     """
     alpha_bar = Schedule.from_config(SCHEDULER_CONFIG).alpha_bar.float().to(args.device)
     torch.manual_seed(args.seed + 3)
@@ -347,7 +349,12 @@ def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Ten
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         x_0, mask, context = draw(args, text, latents, masks, clips, generator)
         u = (torch.arange(args.batch) + torch.rand((), generator=generator)) / args.batch
-        t = (1000 * u.pow(0.7)).long().clamp(max=999)[torch.randperm(args.batch, generator=generator)].to(args.device)
+        t = (
+            (1000 * u.pow(0.7 if step < COLOURS_FIRST else 0.3))
+            .long()
+            .clamp(max=999)[torch.randperm(args.batch, generator=generator)]
+            .to(args.device)
+        )
         eps = torch.randn(x_0.shape, generator=generator).to(args.device)
         a = alpha_bar[t].view(-1, 1, 1, 1, 1)
         x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -187,6 +188,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
 def _from_pretrained(kind: Any, folder: Path, network: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A network that transformers or diffusers loads; whatever they raise names the folder."""
     key = "torch_dtype" if kind is AutoencoderKL else "dtype"
+    transformers.logging.disable_progress_bar()  # one bar per network is noise in a log
     try:
         module, report = kind.from_pretrained(
             folder / network,

@@ -61,7 +61,8 @@ def load_tokenizer(folder: str) -> CLIPTokenizer:
     The padding token is set to the end token: the files of this family name `!`, and a padding token is always encoded
     as itself, so that every `!` of a prompt would vanish. Padding is done by `Text.tokenize`.
     """
-    return CLIPTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+    # Without a length of its own it does not warn about long prompts; `Text.tokenize` does, and says what was cut.
+    return CLIPTokenizer.from_pretrained(folder, pad_token="<|endoftext|>", model_max_length=10**9)
 
 
 def clean(prompt: str) -> str:

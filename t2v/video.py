@@ -17,6 +17,7 @@ from t2v.errors import VideoError
 
 CRF = 18  # constant rate factor of x264: 18 is visually lossless, 0 lossless, 51 worst
 MAX_TAG = 1000  # characters of the prompt kept in the file; a command line argument may not grow without bound
+ENCODER_TIMEOUT = 120  # seconds the encoder may take after the last frame before it is killed
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def _options(fps: int, metadata: dict[str, Any]) -> dict[str, Any]:
         "quality": None,
         "macro_block_size": 1,  # the default, 16, would resize silently
         "ffmpeg_log_level": "error",
+        "ffmpeg_timeout": ENCODER_TIMEOUT,
         "output_params": params,
     }
 
