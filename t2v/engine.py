@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.request import Request
-from t2v.sampler import Schedule, Solver, denoise, guided
+from t2v.sampler import Predict, Schedule, Solver, denoise, guided
 from t2v.text import Text, load_tokenizer
 from t2v.unet3d import UNet3D, UNet3DConfig
 from t2v.vae import VAE
@@ -121,7 +121,8 @@ class Engine:
         context = self.text.encode(["", request.prompt])  # row 0 unconditional, row 1 conditional
         progress("text", 1, 1)
         steps = self.schedule.steps(self.solver, request.num_inference_steps)
-        predict = guided(self._network, context, self.guidance(request))
+        scale = self.guidance(request)
+        predict = self._network(context[1:]) if scale == 1 else guided(self._network(context), scale)
         return denoise(predict, noise, steps, lambda done, total: progress("denoise", done, total))
 
     def noise(self, request: Request) -> Tensor:
@@ -152,9 +153,13 @@ class Engine:
         settled = {"width": width, "height": height, "guidance_scale": self.guidance(request), "model": self.name}
         return dataclasses.asdict(request) | settled
 
-    def _network(self, x: Tensor, t: int, context: Tensor) -> Tensor:
-        """The denoiser between the sampler's float32 and its own dtype."""
-        return self.unet(x.to(context.dtype), t, context).float()
+    def _network(self, context: Tensor) -> Predict:
+        """The denoiser under a context of b rows, for latents (1, ...) that the rows share: -> (b, ...).
+
+        Between the sampler's float32 and the network's own precision.
+        """
+        condition = self.unet.condition(context)
+        return lambda x, t: self.unet(x.to(context.dtype), t, condition).float()
 
     def _decoded(self, latents: Tensor, progress: Progress) -> Iterator[np.ndarray]:
         done = 0

@@ -183,19 +183,16 @@ def denoise(
     return x
 
 
-def guided(network: Callable[[Tensor, int, Tensor], Tensor], context: Tensor, scale: float) -> Predict:
+def guided(network: Callable[[Tensor, int], Tensor], scale: float) -> Predict:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): uncond + scale * (cond - uncond).
 
     Args:
-        network: (x (b, ...), t, context (b, n, D)) -> prediction (b, ...).
-        context: (2, n, D), row 0 unconditional, row 1 conditional.
-        scale: 1 needs only the conditional row and runs only that.
+        network: (x (1, ...), t) -> predictions for x (2, ...), row 0 unconditional, row 1 conditional.
+        scale: 1 would be the conditional row alone, for which no guidance is needed.
     """
-    if scale == 1:
-        return lambda x, t: network(x, t, context[1:])
 
     def predict(x: Tensor, t: int) -> Tensor:
-        uncond, cond = network(torch.cat([x, x]), t, context).chunk(2)
+        uncond, cond = network(x, t).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return predict

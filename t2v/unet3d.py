@@ -13,6 +13,10 @@ Activations live in one layout from end to end: `(b, F, h, w, c)`, contiguous, c
 
 all of them as views. The only copies are the gather of q, k, v for temporal attention, where frames have to become the
 sequence axis, and its inverse.
+
+Two things are never computed twice. The keys and values of the text serve all frames and all steps, so they can be
+computed once (`UNet3D.condition`). And rows that share their latents, as the guided pair does, are one row until the
+first cross-attention tells them apart: that part runs on a batch of one and broadcasts.
 """
 
 import math
@@ -24,6 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.errors import WeightsError
+
+# Keys and values (b, heads, n, head_dim) of the text, for every spatial transformer.
+Condition = dict[nn.Module, tuple[Tensor, Tensor]]
 
 # The first temporal transformer always has 8 heads, whatever its width; the original hard-codes it.
 TRANSFORMER_IN_HEADS = 8
@@ -122,17 +129,22 @@ class UNet3D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, t: int | Tensor, context: Tensor) -> Tensor:
+    def condition(self, context: Tensor) -> Condition:
+        """What the network reads from the text, (b, n, cross_attention_dim); the same for every step of a request."""
+        return {m: m.keys_values(context) for m in self.modules() if isinstance(m, SpatialTransformer)}
+
+    def forward(self, latents: Tensor, t: int | Tensor, context: Tensor | Condition) -> Tensor:
         """Predict.
 
         Args:
-            latents: (b, in_channels, F, h, w), any F, h, w >= 1.
-            t: diffusion timestep, an int or a tensor of shape () or (b,).
-            context: (b, n, cross_attention_dim) text embeddings; n is 77 with CLIP.
+            latents: (b, in_channels, F, h, w), any F, h, w >= 1; or (1, ...), shared by the b rows of the context.
+            t: diffusion timestep, an int or a tensor of shape () or (b,) of the latents.
+            context: (b, n, cross_attention_dim) text embeddings, n is 77 with CLIP; or what `condition` made of them.
 
         Returns:
             (b, out_channels, F, h, w), dtype of `latents`.
         """
+        condition = self.condition(context) if isinstance(context, Tensor) else context
         t = torch.as_tensor(t, device=latents.device).expand(latents.shape[0])
         temb = F.silu(self.time_embedding(t, latents.dtype))
 
@@ -142,10 +154,10 @@ class UNet3D(nn.Module):
 
         skips = [x]
         for block in self.down_blocks:
-            x = block.down(x, temb, context, skips)
-        x = self.mid_block(x, temb, context)
+            x = block.down(x, temb, condition, skips)
+        x = self.mid_block(x, temb, condition)
         for block in self.up_blocks:
-            x = block.up(x, temb, context, skips)
+            x = block.up(x, temb, condition, skips)
 
         x = conv2d(self.conv_out, F.silu(frame_norm(self.conv_norm_out, x)))
         return x.permute(0, 4, 1, 2, 3)
@@ -174,26 +186,27 @@ class Block(nn.Module):
         if resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def layer(self, i: int, x: Tensor, temb: Tensor, condition: Condition) -> Tensor:
         x = self.temp_convs[i](self.resnets[i](x, temb))
         if self.attentions:
-            x = self.temp_attentions[i](self.attentions[i](x, context))
+            x = self.temp_attentions[i](self.attentions[i](x, condition))
         return x
 
-    def down(self, x: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def down(self, x: Tensor, temb: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
         """Appends every map it makes to `skips`."""
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, temb, context)
+            x = self.layer(i, x, temb, condition)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
             skips.append(x)
         return x
 
-    def up(self, x: Tensor, temb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def up(self, x: Tensor, temb: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
         """Takes from `skips` the maps it concatenates, and grows to the size of the one that comes next."""
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=-1), temb, context)
+            skip = skips.pop().expand(x.shape[0], -1, -1, -1, -1)
+            x = self.layer(i, torch.cat([x, skip], dim=-1), temb, condition)
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, skips[-1].shape[2:4])
         return x
@@ -210,9 +223,9 @@ class MidBlock(nn.Module):
         )
         self.temp_attentions = nn.ModuleList([TemporalTransformer(c, c // head_dim, head_dim, groups)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, condition: Condition) -> Tensor:
         x = self.temp_convs[0](self.resnets[0](x, temb))
-        x = self.temp_attentions[0](self.attentions[0](x, context))
+        x = self.temp_attentions[0](self.attentions[0](x, condition))
         return self.temp_convs[1](self.resnets[1](x, temb))
 
 
@@ -286,12 +299,17 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, context_dim)])
         self.proj_out = nn.Linear(inner, c)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (b, F, h, w, c), context (b, n, context_dim) -> (b, F, h, w, c)."""
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, n, context_dim) -> keys and values (b, heads, n, head_dim)."""
+        attention = self.transformer_blocks[0].attn2
+        return attention.split(attention.to_k(context)), attention.split(attention.to_v(context))
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        """x (b, F, h, w, c), or (1, ...) for all rows of the condition -> (b, F, h, w, c)."""
         block = self.transformer_blocks[0]
         h = self.proj_in(frame_norm(self.norm, x))
         h = h + block.attn1.within_frames(block.norm1(h))
-        h = h + block.attn2.to_context(block.norm2(h), context)
+        h = h + block.attn2.to_text(block.norm2(h), *condition[self])
         h = h + block.ff(block.norm3(h))
         return x + self.proj_out(h)
 
@@ -344,29 +362,31 @@ class Attention(nn.Module):
     def within_frames(self, x: Tensor) -> Tensor:
         """Every pixel attends to the pixels of its frame. (b, F, h, w, c) -> same."""
         tokens = x.flatten(0, 1).flatten(1, 2)  # (b*F, h*w, c)
-        return self._attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)).view(x.shape)
+        q, k, v = (self.split(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](self.attend(q, k, v)).view(x.shape)
 
-    def to_context(self, x: Tensor, context: Tensor) -> Tensor:
-        """Every pixel of every frame attends to the text, whose keys serve all frames. (b, F, h, w, c) -> same."""
-        return self._attend(self.to_q(x.flatten(1, 3)), self.to_k(context), self.to_v(context)).view(x.shape)
+    def to_text(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every pixel of every frame attends to the text: x (b, F, h, w, c), or (1, ...) for all b rows of k and v."""
+        q = self.to_q(x.flatten(1, 3)).expand(k.shape[0], -1, -1)
+        return self.to_out[0](self.attend(self.split(q), k, v)).view(-1, *x.shape[1:])
 
     def along_frames(self, x: Tensor) -> Tensor:
         """Every pixel attends to itself in all frames. (b, F, h, w, c) -> same."""
         b, frames, h, w, c = x.shape
 
-        def sequences(y: Tensor) -> Tensor:  # (b*h*w, F, c)
-            return y.flatten(2, 3).transpose(1, 2).reshape(b * h * w, frames, c)
+        def sequences(y: Tensor) -> Tensor:  # (b*h*w, heads, F, head_dim)
+            return self.split(y.flatten(2, 3).transpose(1, 2).reshape(b * h * w, frames, c))
 
-        y = self._heads(sequences(self.to_q(x)), sequences(self.to_k(x)), sequences(self.to_v(x)))
+        y = self.attend(sequences(self.to_q(x)), sequences(self.to_k(x)), sequences(self.to_v(x)))
         y = y.view(b, h * w, frames, c).transpose(1, 2).reshape(x.shape)
         return self.to_out[0](y)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.to_out[0](self._heads(q, k, v))
+    def split(self, y: Tensor) -> Tensor:
+        """(n, l, c) -> (n, heads, l, head_dim)."""
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(n, l, c), (n, s, c), (n, s, c) -> (n, l, c)."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(n, heads, l, d), (n, heads, s, d), (n, heads, s, d) -> (n, l, heads * d)."""
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

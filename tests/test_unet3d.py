@@ -64,6 +64,17 @@ def test_rows_do_not_mix_and_timesteps_may_differ():
 
 
 @torch.inference_mode()
+def test_rows_that_share_latents_and_a_prepared_condition():
+    """The guided pair: one row of latents, two of text, whose keys and values were computed before."""
+    reference, ours = both(FOUR_LEVELS, torch.float64)
+    x = torch.randn(1, 4, 3, 5, 6, dtype=torch.float64)
+    context = torch.randn(2, 77, 24, dtype=torch.float64)
+    expected = reference(torch.cat([x, x]), 500, context).sample
+    assert relative_error(ours(x, 500, context), expected) < FLOAT64
+    assert relative_error(ours(x, 500, ours.condition(context)), expected) < FLOAT64
+
+
+@torch.inference_mode()
 def test_frame_order_and_text_matter():
     """Dead temporal layers or a dead cross-attention would pass many a test."""
     _, ours = both(TINY_UNET, torch.float64)
