@@ -1,0 +1,297 @@
+"""Time this engine against diffusers' stock pipeline: same weights, same noise, same steps, rounds interleaved.
+
+    python scripts/bench.py --model demo
+    python scripts/bench.py --model ms-1.7b-random --frames 8 --size 128 --steps 1 --rounds 5
+    python scripts/bench.py --model demo --sweep frames=8,16,32,64,128
+
+Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
+`compiled` (CUDA only) is the same with torch.compile; `ours` is Engine and write_video. Beside every time stands the
+gate: the relative error of the final latents and the PSNR of the frames against stock. Prints a table, and one line of
+JSON last.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from t2v.engine import Engine  # noqa: E402
+from t2v.request import Request  # noqa: E402
+from t2v.video import write_video  # noqa: E402
+
+PROMPT = "a red circle moving right on a black background"
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision
+STAGES = ("text", "denoise", "decode", "encode", "total")
+
+
+@dataclass
+class Run:
+    """One video: seconds per stage, and what was made. In `ours` encoding overlaps decoding, and counts as decoding."""
+
+    seconds: dict[str, float]
+    latents: torch.Tensor = field(repr=False)
+    frames: np.ndarray = field(repr=False)
+
+
+Arm = Callable[[Request], Run]
+
+
+def ours(folder: Path, device: str, dtype: str) -> Arm:
+    engine = Engine.load(folder, device, dtype)
+
+    def run(request: Request) -> Run:
+        marks = [_now(device)]
+        kept: list[np.ndarray] = []
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == total and stage != "decode":
+                marks.append(_now(device))
+
+        latents = engine.denoised(request, progress)
+
+        def chunks():
+            for frames in engine.vae.decode(latents):
+                kept.append(frames)
+                yield frames
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_video(Path(folder) / "a.mp4", chunks(), request.fps, {})
+        marks.append(_now(device))
+        text, denoise, rest = np.diff(marks)
+        seconds = {"text": text, "denoise": denoise, "decode": rest, "encode": 0.0, "total": marks[-1] - marks[0]}
+        return Run(seconds, latents.cpu(), np.concatenate(kept))
+
+    return run
+
+
+def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
+    from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
+    from diffusers.utils import export_to_video
+
+    engine = Engine.load(folder, device, dtype)  # for the noise, the size and the model's own guidance
+    precision = next(engine.unet.parameters()).dtype
+    pipeline = TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=precision).to(engine.text.encoder.device)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
+    noise, size, guidance = engine.noise, engine.size, engine.guidance
+    del engine
+
+    def run(request: Request) -> Run:
+        marks: dict[str, float] = {}
+        final: list[torch.Tensor] = []
+        decode = pipeline.decode_latents
+
+        def watched(latents: torch.Tensor) -> torch.Tensor:
+            final.append(latents.cpu())
+            marks["denoised"] = _now(device)
+            return decode(latents)
+
+        def first(step: int, t: int, latents: torch.Tensor) -> None:
+            marks.setdefault("first step", _now(device))
+
+        height, width = size(request)
+        pipeline.decode_latents = watched
+        started = _now(device)
+        try:
+            video = pipeline(
+                request.prompt,
+                height=height,
+                width=width,
+                num_frames=request.num_frames,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=guidance(request),
+                latents=noise(request).to(precision),
+                callback=first,
+            ).frames[0]
+        finally:
+            pipeline.decode_latents = decode
+        decoded = _now(device)
+        with tempfile.TemporaryDirectory() as folder:
+            export_to_video(list(video), f"{folder}/a.mp4", fps=request.fps)
+        ended = _now(device)
+        seconds = {
+            "text": 0.0,  # inside the pipeline's call; counted as denoising
+            "denoise": marks["denoised"] - started,
+            "decode": decoded - marks["denoised"],
+            "encode": ended - decoded,
+            "total": ended - started,
+        }
+        return Run(seconds, final[0], (video * 255).round().astype(np.uint8))
+
+    return run
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(arms: dict[str, Arm], request: Request, rounds: int, warmups: int) -> dict[str, Any]:
+    """Interleaved rounds, the order turned round every time; seconds, ratios and the gate."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    for i in range(warmups + rounds):
+        for name in list(arms) if i % 2 == 0 else list(reversed(arms)):
+            run = arms[name](request)
+            if i >= warmups:
+                runs[name].append(run)
+    result: dict[str, Any] = {}
+    for name, made in runs.items():
+        totals = [run.seconds["total"] for run in made]
+        result[name] = {stage: statistics.median(run.seconds[stage] for run in made) for stage in STAGES}
+        result[name] |= {"min": min(totals), "spread": max(totals) - min(totals)}
+        result[name]["steps_per_second"] = request.num_inference_steps / result[name]["denoise"]
+        if "stock" in runs:
+            base = runs["stock"]
+            ratios = [a.seconds["total"] / b.seconds["total"] for a, b in zip(base, made)]
+            latents, reference = made[0].latents.double(), base[0].latents.double()
+            mse = np.square(made[0].frames.astype(float) - base[0].frames).mean()
+            result[name] |= {
+                "times_as_fast": statistics.median(ratios),
+                "latents_error": float((latents - reference).norm() / reference.norm()),
+                "frames_psnr": float(10 * np.log10(255**2 / mse)) if mse else float("inf"),
+            }
+    return result
+
+
+def stock_flops(folder: Path, request: Request) -> float:
+    """Floating-point operations of one guided step of the stock network."""
+    from diffusers import UNet3DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = UNet3DConditionModel.load_config(folder / "unet")
+    with torch.device("meta"):
+        unet = UNet3DConditionModel.from_config(config)
+        side = [(length or config["sample_size"] * 8) // 8 for length in (request.height, request.width)]
+        x = torch.empty(2, 4, request.num_frames, *side)
+        context = torch.empty(2, 77, config["cross_attention_dim"])
+        with FlopCounterMode(display=False) as counter:
+            unet(x, 1, context)
+    return float(counter.get_total_flops())
+
+
+def peak_memory(arm: str, args: argparse.Namespace, request: Request) -> float:
+    """GiB that one process needs for one video of one arm: on CUDA allocated by torch, else resident."""
+    program = [sys.executable, __file__, "--only", arm, "--model", args.model, "--device", args.device]
+    program += ["--dtype", args.dtype, "--frames", str(request.num_frames), "--steps", "2"]
+    program += ["--size", str(request.width)] if request.width else []
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="demo", help="demo, ms-1.7b-random, or a folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--size", type=int, help="pixels, width and height; the model's own if omitted")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--sweep", help="frames=8,16,32 or size=128,256 or steps=10,50: a row for each value")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one video of one arm, then its peak memory
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = ROOT / "weights" / args.model if args.model in ("demo", "ms-1.7b-random") else Path(args.model)
+    if args.model == "ms-1.7b-random" and not folder.exists():
+        subprocess.run([sys.executable, ROOT / "scripts" / "random_weights.py", folder], check=True)
+
+    makers: dict[str, Callable[[], Arm]] = {
+        "stock": lambda: stock(folder, args.device, args.dtype),
+        "ours": lambda: ours(folder, args.device, args.dtype),
+    }
+    if args.device.startswith("cuda"):
+        makers["compiled"] = lambda: stock(folder, args.device, args.dtype, compiled=True)
+
+    def request(**change: int) -> Request:
+        values = {"frames": args.frames, "steps": args.steps, "size": args.size} | change
+        return Request(
+            PROMPT,
+            num_frames=values["frames"],
+            num_inference_steps=values["steps"],
+            width=values["size"],
+            height=values["size"],
+            seed=0,
+        )
+
+    if args.only:
+        makers[args.only]()(request())
+        if args.device.startswith("cuda"):
+            print(torch.cuda.max_memory_allocated() / 2**30)
+        else:
+            import resource
+
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+
+    arms = {name: make() for name, make in makers.items()}
+    what, _, values = (args.sweep or f"frames={args.frames}").partition("=")
+    rows = []
+    for value in values.split(","):
+        asked = request(**{what: int(value)})
+        row: dict[str, Any] = {what: int(value), **compare(arms, asked, args.rounds, args.warmups)}
+        flops = stock_flops(folder, asked) * asked.num_inference_steps
+        for name in arms:
+            row[name]["peak_memory_gib"] = peak_memory(name, args, asked)
+            row[name]["stock_tflops_per_second"] = flops / row[name]["denoise"] / 1e12
+            peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in _device_name(args.device)), None)
+            row[name]["mfu"] = flops / row[name]["denoise"] / peak if peak else None
+        rows.append(row)
+        _table(row, what)
+    machine = {"device": _device_name(args.device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(json.dumps({"model": args.model, "steps": args.steps, "rounds": args.rounds, **machine, "rows": rows}))
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+COLUMNS = {
+    "total": "8.3f",
+    "min": "8.3f",
+    "spread": "8.3f",
+    "denoise": "8.3f",
+    "decode": "8.3f",
+    "encode": "8.3f",
+    "steps_per_second": "8.2f",
+    "peak_memory_gib": "8.2f",
+    "times_as_fast": "8.2f",
+    "latents_error": "8.1e",
+    "frames_psnr": "8.1f",
+}
+
+
+def _table(row: dict[str, Any], what: str) -> None:
+    print(f"\n{what} = {row[what]}")
+    print(" " * 9 + "".join(f"{name.replace('_', ' ')[:9]:>10}" for name in COLUMNS))
+    for name, result in row.items():
+        if name != what:
+            print(f"{name:9}" + "".join(f"{format(result[k], form):>10}" for k, form in COLUMNS.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
