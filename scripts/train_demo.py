@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "weights" / "demo", help="folder of the trained model")
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="folder of the checkpoints")
+    parser.add_argument("--init", type=Path, help="a trained model to go on from, in place of a random one")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "weights" / "demo" / "tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,6 +125,9 @@ def main() -> None:
 
     text = Text(load_tokenizer(str(args.tokenizer)), CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)))
     vae = AutoencoderKL(**VAE_CONFIG).to(args.device, memory_format=torch.channels_last)
+    if args.init:
+        adopt(args, "vae", "vae/diffusion_pytorch_model.safetensors")
+        adopt(args, "text", "text_encoder/model.safetensors")
     stage(args, "vae", vae, train_vae)
     stage(args, "text", text.encoder.to(args.device), lambda args, _: train_text(args, text))
     latents, masks, clips, scale = encode_clips(args, vae)
@@ -141,6 +145,12 @@ def stage(args: argparse.Namespace, name: str, model: nn.Module, train: Callable
         train(args, model)
         save(model.state_dict(), path)
     model.eval().requires_grad_(False)
+
+
+def adopt(args: argparse.Namespace, name: str, file: str) -> None:
+    """Take a stage's result from the model given by --init."""
+    state = {key.removeprefix("text_model."): value.float() for key, value in load_file(args.init / file).items()}
+    save(state, args.run / f"{name}.pt")
 
 
 def save(state: object, path: Path) -> None:
@@ -329,6 +339,9 @@ def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Ten
     alpha_bar = Schedule.from_config(SCHEDULER_CONFIG).alpha_bar.float().to(args.device)
     torch.manual_seed(args.seed + 3)
     unet = UNet3D(UNet3DConfig.from_dict(UNET_CONFIG)).to(args.device)
+    if args.init:
+        start_from = load_file(args.init / "unet" / "diffusion_pytorch_model.safetensors")
+        unet.load_state_dict({key: value.float() for key, value in start_from.items()})
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     path = args.run / "unet.pt"
@@ -350,7 +363,7 @@ def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Ten
         x_0, mask, context = draw(args, text, latents, masks, clips, generator)
         u = (torch.arange(args.batch) + torch.rand((), generator=generator)) / args.batch
         t = (
-            (1000 * u.pow(0.7 if step < COLOURS_FIRST else 0.3))
+            (1000 * u.pow(0.7 if step < COLOURS_FIRST and not args.init else 0.3))
             .long()
             .clamp(max=999)[torch.randperm(args.batch, generator=generator)]
             .to(args.device)

@@ -59,9 +59,9 @@ def test_generate_refuses_in_one_sentence(options: list[str], sentence: str):
 TRAINING = ["--vae-steps", "2", "--text-steps", "2", "--clips", "16", "--unet-steps", "3", "--batch", "2"]
 
 
-def train(monkeypatch: pytest.MonkeyPatch, run_folder: Path, out: Path, seed: int = 0) -> dict[str, torch.Tensor]:
-    folders = ["--run", str(run_folder), "--out", str(out), "--seed", str(seed), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["train_demo.py", *TRAINING, "--save-every", "1", *folders])
+def train(monkeypatch: pytest.MonkeyPatch, run_folder: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
+    folders = ["--run", str(run_folder), "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", *TRAINING, "--save-every", "1", *folders, *more])
     train_demo.main()
     return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -91,5 +91,9 @@ def test_training_writes_a_model_and_resumes_where_it_was_interrupted(
     resumed = train(monkeypatch, tmp_path / "run b", tmp_path / "b")
     assert unbroken.keys() == resumed.keys() and all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
 
-    other = train(monkeypatch, tmp_path / "run c", tmp_path / "c", seed=1)
+    other = train(monkeypatch, tmp_path / "run c", tmp_path / "c", "--seed", "1")
     assert not all(torch.equal(unbroken[k], other[k]) for k in unbroken)
+
+    more = ("--init", str(tmp_path / "a"), "--unet-steps", "0")
+    continued = train(monkeypatch, tmp_path / "run d", tmp_path / "d", *more)
+    assert all(torch.equal(unbroken[k], continued[k]) for k in unbroken)
