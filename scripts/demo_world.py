@@ -39,6 +39,7 @@ ATTRIBUTES = {
 }
 # The motion a clip shows when it is played backwards.
 REVERSED = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4}
+SLOW_TO_LEARN = (4, 5)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_weights_are_small_and_of_the_full_topology(demo: Engine):
     "prompt, colour, motion, background",
     [
         ("a red circle moving right on a black background", "red", "moving right", "black"),
-        ("a yellow square growing on a teal background", "yellow", "growing", "teal"),
+        ("a yellow square moving up on a teal background", "yellow", "moving up", "teal"),
     ],
 )
 def test_it_does_what_the_prompt_says(demo: Engine, prompt: str, colour: str, motion: str, background: str, seed: int):

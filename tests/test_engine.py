@@ -25,7 +25,7 @@ def test_equals_the_diffusers_pipeline(tiny_folder: Path, folder: str, scheduler
     path = tiny_folder if folder == "tiny" else DEMO
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = TextToVideoSDPipeline.from_pretrained(path)
+        pipeline = TextToVideoSDPipeline.from_pretrained(path, torch_dtype=torch.float32)
     if scheduler == "dpm++":
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
