@@ -139,7 +139,9 @@ def main() -> None:
     engine = Engine.load(args.weights)
     generator = torch.Generator().manual_seed(args.seed)
     right = dict.fromkeys(("colour", "shape", "motion", "background"), 0)
-    strips, travels, growths = [], [], []
+    strips: list[np.ndarray] = []
+    travels: list[float] = []
+    growths: list[float] = []
     started = time.perf_counter()
     for i in range(args.prompts):
         told = dict(zip(right, (clip := world.random_clip(generator)).words()))
@@ -155,9 +157,10 @@ def main() -> None:
         for name in right:
             right[name] += getattr(found, name) == told[name]
         if found.motion == told["motion"]:
-            (travels if "moving" in told["motion"] else growths).append(
-                found.travel if "moving" in told["motion"] else max(found.growth, 1 / found.growth)
-            )
+            if "moving" in told["motion"]:
+                travels.append(found.travel)
+            else:
+                growths.append(max(found.growth, 1 / found.growth))
         print(f"{i + 1:4}/{args.prompts} {request.prompt}: {', '.join(wrong) or 'right'}", flush=True)
         if args.filmstrip:
             strips.append(np.concatenate(list(video[::4]) + [video[-1]], axis=1))

@@ -31,7 +31,7 @@ def test_equals_the_diffusers_pipeline(tiny_folder: Path, folder: str, scheduler
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine.load(path, device="cpu")
     engine.solver = scheduler
-    request = Request("a red circle", num_frames=3, num_inference_steps=5, seed=3, width=40, height=32)
+    request = Request("a red circle", 3, num_inference_steps=5, seed=3, guidance_scale=9, width=40, height=32)
     expected = pipeline(
         request.prompt,
         num_frames=3,
