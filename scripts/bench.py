@@ -95,17 +95,15 @@ def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
     del engine
 
     def run(request: Request) -> Run:
-        marks: dict[str, float] = {}
+        denoised = 0.0
         final: list[torch.Tensor] = []
         decode = pipeline.decode_latents
 
         def watched(latents: torch.Tensor) -> torch.Tensor:
+            nonlocal denoised
             final.append(latents.cpu())
-            marks["denoised"] = _now(device)
+            denoised = _now(device)
             return decode(latents)
-
-        def first(step: int, t: int, latents: torch.Tensor) -> None:
-            marks.setdefault("first step", _now(device))
 
         height, width = size(request)
         pipeline.decode_latents = watched
@@ -119,7 +117,6 @@ def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
                 num_inference_steps=request.num_inference_steps,
                 guidance_scale=guidance(request),
                 latents=noise(request).to(precision),
-                callback=first,
             ).frames[0]
         finally:
             pipeline.decode_latents = decode
@@ -129,8 +126,8 @@ def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
         ended = _now(device)
         seconds = {
             "text": 0.0,  # inside the pipeline's call; counted as denoising
-            "denoise": marks["denoised"] - started,
-            "decode": decoded - marks["denoised"],
+            "denoise": denoised - started,
+            "decode": decoded - denoised,
             "encode": ended - decoded,
             "total": ended - started,
         }
