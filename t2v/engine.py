@@ -1,26 +1,34 @@
 """The model as a whole: a request in, frames out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
-from torch import Tensor
-from transformers import CLIPTextModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.request import Request
 from t2v.sampler import Predict, Schedule, Solver, denoise, guided
 from t2v.text import Text, load_tokenizer
-from t2v.unet3d import UNet3D, UNet3DConfig
+from t2v.unet3d import Condition, UNet3D, UNet3DConfig, stack
 from t2v.vae import VAE
 
 Progress = Callable[[str, int, int], None]
+
+# From a network's config to the network, its parameters not yet filled.
+BUILD: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "unet": lambda config: UNet3D(UNet3DConfig.from_dict(config)),
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    "vae": lambda config: AutoencoderKL.from_config(config),
+}
 
 
 class Engine:
@@ -70,16 +78,20 @@ class Engine:
         where, precision = _device(device), _dtype(dtype, device)
         weights.check(folder)
         index = weights.read_json(folder / "model_index.json")
-        unet_config = weights.read_json(folder / "unet" / "config.json")
-
-        with torch.device("meta"):
-            unet = UNet3D(UNet3DConfig.from_dict(unet_config))
-        weights.load(unet, folder, "unet", where, precision)
-        text = Text(
-            load_tokenizer(str(folder / "tokenizer")),
-            _from_pretrained(CLIPTextModel, folder, "text_encoder", where, precision),
-        )
-        vae = VAE(_from_pretrained(AutoencoderKL, folder, "vae", where, precision))
+        configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}
+        networks: dict[str, Any] = {}
+        for network, build in BUILD.items():
+            try:
+                with init_empty_weights():
+                    networks[network] = build(configs[network])
+            except WeightsError:
+                raise
+            except Exception as error:  # the libraries have their own kinds
+                raise WeightsError(f"{folder / network}/config.json describes no network: {error}") from error
+            weights.load(networks[network], folder, network, where, precision)
+        unet: UNet3D = networks["unet"]
+        text = Text(load_tokenizer(str(folder / "tokenizer")), networks["text_encoder"])
+        vae = VAE(networks["vae"])
         if (
             unet.config.in_channels != vae.channels
             or unet.config.cross_attention_dim != text.encoder.config.hidden_size
@@ -90,7 +102,7 @@ class Engine:
             unet,
             vae,
             Schedule.from_config(weights.read_json(folder / "scheduler" / "scheduler_config.json")),
-            native_size=_pair(unet_config.get("sample_size"), vae.factor),
+            native_size=_pair(configs["unet"].get("sample_size"), vae.factor),
             name=index.get("_t2v_name", folder.resolve().name),
             about=index.get("_t2v_about", ""),
             guidance_scale=index.get("_t2v_guidance_scale", 9.0),
@@ -118,11 +130,14 @@ class Engine:
     def denoised(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Tensor:
         """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding."""
         noise = self.noise(request)
-        context = self.text.encode(["", request.prompt])  # row 0 unconditional, row 1 conditional
+        scale = self.guidance(request)
+        condition = self.unet.condition(self.text.encode([request.prompt]))
+        if scale == 1:
+            predict = self._network(condition)
+        else:
+            predict = guided(self._network(stack(self._unconditional, condition)), scale)
         progress("text", 1, 1)
         steps = self.schedule.steps(self.solver, request.num_inference_steps)
-        scale = self.guidance(request)
-        predict = self._network(context[1:]) if scale == 1 else guided(self._network(context), scale)
         return denoise(predict, noise, steps, lambda done, total: progress("denoise", done, total))
 
     def noise(self, request: Request) -> Tensor:
@@ -153,13 +168,18 @@ class Engine:
         settled = {"width": width, "height": height, "guidance_scale": self.guidance(request), "model": self.name}
         return dataclasses.asdict(request) | settled
 
-    def _network(self, context: Tensor) -> Predict:
-        """The denoiser under a context of b rows, for latents (1, ...) that the rows share: -> (b, ...).
+    @functools.cached_property
+    def _unconditional(self) -> Condition:
+        """What the denoiser reads from the empty prompt; computed at the first guided request."""
+        return self.unet.condition(self.text.encode([""]))
+
+    def _network(self, condition: Condition) -> Predict:
+        """The denoiser under a condition of b rows, for latents (1, ...) that the rows share: -> (b, ...).
 
         Between the sampler's float32 and the network's own precision.
         """
-        condition = self.unet.condition(context)
-        return lambda x, t: self.unet(x.to(context.dtype), t, condition).float()
+        dtype = self.unet.conv_in.weight.dtype
+        return lambda x, t: self.unet(x.to(dtype), t, condition).float()
 
     def _decoded(self, latents: Tensor, progress: Progress) -> Iterator[np.ndarray]:
         done = 0
@@ -188,29 +208,6 @@ def _dtype(name: str, device: str) -> torch.dtype:
     if name not in names:
         raise WeightsError(f"There is no dtype {name!r}; use auto, {', '.join(names)}.")
     return names[name]
-
-
-def _from_pretrained(kind: Any, folder: Path, network: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A network that transformers or diffusers loads; whatever they raise names the folder."""
-    key = "torch_dtype" if kind is AutoencoderKL else "dtype"
-    transformers.logging.disable_progress_bar()  # one bar per network is noise in a log
-    try:
-        module, report = kind.from_pretrained(
-            folder / network,
-            variant=weights.variant(folder, network),
-            use_safetensors=True,
-            output_loading_info=True,
-            **{key: dtype},
-        )
-    except Exception as error:
-        raise WeightsError(f"{folder / network} cannot be loaded: {error}") from error
-    wrong = [k for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in report.get(name, ())]
-    if wrong:
-        raise WeightsError(
-            f"{folder / network}: the weights do not fit config.json; first: {sorted(map(str, wrong))[:3]}."
-        )
-    module = module.to(device).requires_grad_(False)
-    return module.to(memory_format=torch.channels_last) if kind is AutoencoderKL else module
 
 
 def _pair(sample_size: Any, factor: int) -> tuple[int, int]:

@@ -440,6 +440,11 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
+def stack(first: Condition, second: Condition) -> Condition:
+    """The rows of one condition above those of another."""
+    return {m: (torch.cat([first[m][0], second[m][0]]), torch.cat([first[m][1], second[m][1]])) for m in first}
+
+
 def frames(x: Tensor) -> Tensor:
     """(b, F, h, w, c) -> (b*F, c, h, w), a channels_last view."""
     return x.flatten(0, 1).permute(0, 3, 1, 2)

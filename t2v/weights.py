@@ -1,4 +1,4 @@
-"""Find a model's folder, check that it is whole, load the denoiser.
+"""Find a model's folder, check that it is whole, fill its networks.
 
 A model is a folder in diffusers' layout: model_index.json, scheduler/, text_encoder/, tokenizer/, unet/, vae/, weights
 as safetensors, with or without the `.fp16` infix.
@@ -30,7 +30,9 @@ NETWORKS = {
     "vae": "diffusion_pytorch_model",
 }
 PIPELINES = ("TextToVideoSDPipeline", "TextToVideoMSPipeline")
-VARIANTS = (None, "fp16")  # in the order of preference
+INFIXES = ("", ".fp16")  # in the order of preference
+# The autoencoder's attention, as files of before diffusers 0.18 name it.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def check(folder: Path) -> None:
@@ -50,28 +52,22 @@ def check(folder: Path) -> None:
         raise WeightsError(f"{folder}/model_index.json names a {kind}; this is not a text-to-video model.")
 
 
-def variant(folder: Path, network: str) -> str | None:
-    """The infix of the network's weights file: None or "fp16"."""
-    found = _find(folder, network)
-    assert found is not None, "check() comes first"
-    return found[0]
-
-
 def load(module: nn.Module, folder: Path, network: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill a module built on the meta device: every parameter from the file, every tensor of the file used.
+    """Fill a module whose parameters are on the meta device: every one from the file, every tensor of the file used.
 
-    Convolution weights end in channels-last memory, which the denoiser's activations have.
+    Convolution weights end in channels-last memory, which the denoiser's and the decoder's activations have.
 
     Raises:
         WeightsError: the file cannot be read, or its tensors are not the module's.
     """
-    found = _find(folder, network)
-    assert found is not None, "check() comes first"
-    path = found[1]
+    path = _find(folder, network)
+    assert path is not None, "check() comes first"
     try:
         state = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error
+    names = {_common_name(key): key for key in module.state_dict()}
+    state = {names.get(_common_name(key), key): state[key] for key in state if not key.endswith(".position_ids")}
     expected = module.state_dict()
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is unknown" for key in state if key not in expected]
@@ -88,7 +84,15 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
         memory_format = formats.get(tensor.ndim, torch.contiguous_format)
         state[key] = tensor.to(dtype=dtype, memory_format=memory_format)
     module.load_state_dict(state, strict=True, assign=True)
-    module.eval().requires_grad_(False)
+    module.to(device).eval().requires_grad_(False)  # what is not in the file, CLIP's position ids, moves here
+
+
+def _common_name(key: str) -> str:
+    """A parameter's name without the differences between versions of transformers and diffusers."""
+    key = key.removeprefix("text_model.")
+    for old, new in OLD_NAMES.items():
+        key = key.replace(old, new)
+    return key
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,9 +110,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _find(folder: Path, network: str) -> tuple[str | None, Path] | None:
-    for infix in VARIANTS:
-        path = folder / network / f"{NETWORKS[network]}{'.' + infix if infix else ''}.safetensors"
-        if path.is_file():
-            return infix, path
-    return None
+def _find(folder: Path, network: str) -> Path | None:
+    paths = [folder / network / f"{NETWORKS[network]}{infix}.safetensors" for infix in INFIXES]
+    return next((path for path in paths if path.is_file()), None)

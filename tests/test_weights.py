@@ -106,3 +106,28 @@ def test_unknown_device_and_dtype(tiny_folder: Path):
     assert "no dtype 'int8'" in load_error(tiny_folder, dtype="int8")
     if not torch.cuda.is_available():
         assert "no CUDA" in load_error(tiny_folder, device="cuda")
+
+
+def test_names_of_older_files(broken_copy: Path, tiny: Engine):
+    """The autoencoder's attention as diffusers named it before 0.18; CLIP's position ids in the file."""
+    older = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    path = broken_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    for new, old in older.items():
+        assert any(new in key for key in state)
+        state = {key.replace(new, old): value for key, value in state.items()}
+    save_file(state, path)
+    path = broken_copy / "text_encoder" / "model.safetensors"
+    save_file(load_file(path) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, path)
+    loaded = Engine.load(broken_copy, device="cpu")
+    assert torch.equal(loaded.text.encode(["a circle"]), tiny.text.encode(["a circle"]))
+    latents = torch.randn(1, tiny.vae.channels, 1, 4, 4)
+    assert (next(loaded.vae.decode(latents)) == next(tiny.vae.decode(latents))).all()
+
+
+@pytest.mark.parametrize("network", ["vae", "text_encoder", "unet"])
+def test_config_that_describes_no_network(broken_copy: Path, network: str):
+    path = broken_copy / network / "config.json"
+    keys = {"vae": "block_out_channels", "text_encoder": "hidden_size", "unet": "block_out_channels"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {keys[network]: "many"}))
+    assert f"{network}/config.json" in load_error(broken_copy)
