@@ -3,6 +3,7 @@
     python scripts/bench.py --model demo
     python scripts/bench.py --model ms-1.7b-random --frames 8 --size 128 --steps 1 --rounds 5
     python scripts/bench.py --model demo --sweep frames=8,16,32,64,128
+    python scripts/bench.py --model ms-1.7b-random --setup
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
 `compiled` (CUDA only) is the same with torch.compile; `ours` is Engine and write_video. Beside every time stands the
@@ -194,6 +195,46 @@ def peak_memory(arm: str, args: argparse.Namespace, request: Request) -> float:
     return float(done.stdout.split()[-1])
 
 
+# What a fresh process imports and does until the model is ready.
+SETUP = {
+    "stock": (
+        "import torch; from diffusers import TextToVideoSDPipeline",
+        "TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)",
+    ),
+    "ours": ("import torch; from t2v.engine import Engine", "Engine.load(folder, device, dtype)"),
+}
+SETUP_PROGRAM = """
+import json, sys, time, warnings
+warnings.simplefilter("ignore")
+root, imports, load, folder, device, dtype = sys.argv[1:]
+sys.path.insert(0, root)
+start = time.perf_counter(); exec(imports)
+imported = time.perf_counter(); exec(load)
+if device.startswith("cuda"): torch.cuda.synchronize()
+print(json.dumps({"import": imported - start, "load": time.perf_counter() - imported}))
+"""
+
+
+def compare_setup(folder: Path, device: str, dtype: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of importing and of loading, arms interleaved, files in the page cache, a process for each."""
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETUP}
+    for i in range(1 + rounds):
+        for name in list(SETUP) if i % 2 == 0 else list(reversed(SETUP)):
+            program = [sys.executable, "-c", SETUP_PROGRAM, str(ROOT), *SETUP[name], str(folder), device, dtype]
+            done = subprocess.run(program, capture_output=True, text=True, check=True)
+            if i:  # the first round fills the page cache
+                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+    result = {}
+    for name, made in runs.items():
+        result[name] = {stage: statistics.median(run[stage] for run in made) for stage in ("import", "load")}
+        result[name]["times_as_fast"] = statistics.median(a["load"] / b["load"] for a, b in zip(runs["stock"], made))
+        shown = "".join(f"{stage.replace('_', ' '):>15} {value:7.2f}" for stage, value in result[name].items())
+        print(f"{name:9}{shown}", flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="demo", help="demo, ms-1.7b-random, or a folder")
@@ -206,6 +247,7 @@ def main() -> None:
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--sweep", help="frames=8,16,32 or size=128,256 or steps=10,50: a row for each value")
+    parser.add_argument("--setup", action="store_true", help="time imports and loading only, against from_pretrained")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one video of one arm, then its peak memory
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -214,6 +256,11 @@ def main() -> None:
     folder = ROOT / "weights" / args.model if args.model in ("demo", "ms-1.7b-random") else Path(args.model)
     if args.model == "ms-1.7b-random" and not folder.exists():
         subprocess.run([sys.executable, ROOT / "scripts" / "random_weights.py", folder], check=True)
+
+    if args.setup:
+        result = compare_setup(folder, args.device, args.dtype, args.rounds)
+        print(json.dumps({"model": args.model, "rounds": args.rounds, "setup": result}))
+        return
 
     makers: dict[str, Callable[[], Arm]] = {
         "stock": lambda: stock(folder, args.device, args.dtype),
