@@ -121,18 +121,18 @@ def _coverage(shape: str, motion: str, generator: torch.Generator) -> Tensor:
     x = torch.full_like(s, SIZE / 2)
     y = torch.full_like(s, SIZE / 2)
     if motion.startswith("moving"):
-        radius = torch.full_like(s, uniform(9, 12))
-        travel, along, across = uniform(26, 32), uniform(-3, 3), uniform(-9, 9)
+        radius = torch.full_like(s, uniform(10.5, 13))
+        travel, along, across = uniform(24, 30), uniform(-2, 2), uniform(-7, 7)
         dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[motion.split()[1]]
         x = x + dx * (s * travel + along) + abs(dy) * across
         y = y + dy * (s * travel + along) + abs(dx) * across
     else:
         small = uniform(6, 7)
-        large = small * uniform(2.4, 2.8)
+        large = small * uniform(2.8, 3.2)
         ramp = s + 0.5 if motion == "growing" else 0.5 - s
         radius = small + (large - small) * ramp
-        x = x + uniform(-6, 6)
-        y = y + uniform(-6, 6)
+        x = x + uniform(-4, 4)
+        y = y + uniform(-4, 4)
 
     grid = torch.arange(SIZE) + 0.5
     px = grid.view(1, 1, SIZE) - x.view(-1, 1, 1)

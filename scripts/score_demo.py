@@ -47,9 +47,8 @@ def read(video: np.ndarray) -> Reading:
     """Read a video (F, H, W, 3) uint8."""
     pixels = video.astype(float)
     side = pixels.shape[1]
-    border = np.concatenate(
-        [pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3), pixels[:, :, :2].reshape(-1, 3)]
-    )
+    edges = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])
+    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
     ground = np.median(border, axis=0)
     background = min(world.BACKGROUNDS, key=lambda name: np.abs(ground - world.BACKGROUNDS[name]).sum())
     masks = np.abs(pixels - ground).max(axis=-1) > 60
@@ -57,9 +56,9 @@ def read(video: np.ndarray) -> Reading:
     if len(tracked) < len(video) // 2:
         return Reading(None, None, None, background)
 
-    fore = np.concatenate(
-        [frame[_inner(mask)] for frame, mask in zip(pixels, masks) if _inner(mask).any()] or [ground[None]]
-    )
+    fore = np.concatenate([frame[_inner(mask)] for frame, mask in zip(pixels, masks)])
+    if not len(fore):
+        return Reading(None, None, None, background)
     colour = min(world.COLOURS, key=lambda name: _colour_distance(np.median(fore, axis=0), world.COLOURS[name]))
     votes = [_shape(masks[i]) for i, *_ in tracked]
     shape = max(world.SHAPES, key=votes.count)
