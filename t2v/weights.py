@@ -66,9 +66,9 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
         state = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error
-    names = {_common_name(key): key for key in module.state_dict()}
-    state = {names.get(_common_name(key), key): state[key] for key in state if not key.endswith(".position_ids")}
     expected = module.state_dict()
+    names = {_common_name(key): key for key in expected}
+    state = {names.get(_common_name(key), key): state[key] for key in state if not key.endswith(".position_ids")}
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is unknown" for key in state if key not in expected]
     wrong += [
