@@ -29,7 +29,7 @@ DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the three networks. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE."""
+        """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE."""
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         try:
             self.engine = Engine.load(
@@ -37,6 +37,7 @@ class Predictor(BasePredictor):
                 device=os.environ.get("T2V_DEVICE") or "auto",
                 dtype=os.environ.get("T2V_DTYPE") or "auto",
             )
+            self.engine.warm_up()
         except Exception:
             traceback.print_exc()  # Cog's health check keeps only the error's last line
             raise

@@ -6,9 +6,11 @@ unet3d     noisy latents, timestep, context -> the network's prediction
 sampler    schedules, update rules, guidance, the denoising loop
 vae        latents -> uint8 frames, in chunks
 video      uint8 frames -> file, verified
+upsample   twice the size, then a convolution; the denoiser and the autoencoder have it
+graph      a function of tensors as CUDA graphs
 weights    finds and loads a model's folder
 engine     ties them together: Engine.load(folder).generate(request) -> frames
 errors     what can go wrong, in sentences for the caller
 
-`engine` imports the others; the others import only `errors`.
+`engine` imports the others; the others import only `errors` and, the two networks, `upsample`.
 """

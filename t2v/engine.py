@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
+from t2v.graph import Graphs
 from t2v.request import Request
-from t2v.sampler import Predict, Schedule, Solver, denoise, guided
+from t2v.sampler import Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
-from t2v.unet3d import Condition, UNet3D, UNet3DConfig, stack
+from t2v.unet3d import UNet3D, UNet3DConfig
+from t2v.upsample import fold
 from t2v.vae import VAE
+from t2v.vae import build as build_vae
 
 Progress = Callable[[str, int, int], None]
 
@@ -27,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 BUILD: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "unet": lambda config: UNet3D(UNet3DConfig.from_dict(config)),
     "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
-    "vae": lambda config: AutoencoderKL.from_config(config),
+    "vae": build_vae,
 }
 
 
@@ -62,6 +64,7 @@ class Engine:
         self.about = about
         self.guidance_scale = guidance_scale
         self.solver: Solver = solver
+        self.step = Graphs(self._step) if text.encoder.device.type == "cuda" else self._step
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> "Engine":
@@ -89,6 +92,7 @@ class Engine:
             except Exception as error:  # the libraries have their own kinds
                 raise WeightsError(f"{folder / network}/config.json describes no network: {error}") from error
             weights.load(networks[network], folder, network, where, precision)
+            fold(networks[network])
         unet: UNet3D = networks["unet"]
         text = Text(load_tokenizer(str(folder / "tokenizer")), networks["text_encoder"])
         vae = VAE(networks["vae"])
@@ -129,16 +133,39 @@ class Engine:
     @torch.inference_mode()
     def denoised(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Tensor:
         """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding."""
+        steps = self.schedule.steps(self.solver, request.num_inference_steps)
         noise = self.noise(request)
         scale = self.guidance(request)
         condition = self.unet.condition(self.text.encode([request.prompt]))
-        if scale == 1:
-            predict = self._network(condition)
-        else:
-            predict = guided(self._network(stack(self._unconditional, condition)), scale)
+        if scale != 1:
+            condition = torch.cat([self._unconditional, condition])
         progress("text", 1, 1)
-        steps = self.schedule.steps(self.solver, request.num_inference_steps)
-        return denoise(predict, noise, steps, lambda done, total: progress("denoise", done, total))
+        # What the steps differ in, on the device before the first one: inside the loop the host waits for nothing.
+        moments = self.unet.moments(torch.tensor([step.t for step in steps], device=noise.device))
+        coefficients = torch.tensor([step.coefficients for step in steps], dtype=torch.float64, device=noise.device)
+        guidance = torch.tensor(scale, device=noise.device)
+
+        def advance(i: int, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+            x, x_0 = self.step(x, previous, moments[i : i + 1], condition, guidance, coefficients[i])
+            return x, x_0
+
+        return denoise(advance, noise, len(steps), lambda done, total: progress("denoise", done, total))
+
+    def _step(
+        self, x: Tensor, previous: Tensor, moment: Tensor, condition: Tensor, guidance: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One denoising step, of tensors alone: network, guidance, update. In float32 around the network."""
+        prediction = self.unet.run(x.to(moment.dtype), moment, condition).float()
+        if len(condition) == 2:
+            prediction = guided(prediction, guidance)
+        return update(x, previous, prediction, coefficients)
+
+    def warm_up(self) -> None:
+        """Pay now what the first request would pay: libraries, algorithms and, on CUDA, the recording of the default
+        shape. Elsewhere one small frame will do."""
+        small: dict[str, Any] = {} if isinstance(self.step, Graphs) else {"num_frames": 1, "width": 16, "height": 16}
+        for _ in self.generate(Request(num_inference_steps=1, seed=0, **small)):
+            pass
 
     def noise(self, request: Request) -> Tensor:
         """(1, channels, F, h, w) float32 unit normal, drawn on the CPU: one seed, one noise, on every device."""
@@ -169,17 +196,9 @@ class Engine:
         return dataclasses.asdict(request) | settled
 
     @functools.cached_property
-    def _unconditional(self) -> Condition:
+    def _unconditional(self) -> Tensor:
         """What the denoiser reads from the empty prompt; computed at the first guided request."""
         return self.unet.condition(self.text.encode([""]))
-
-    def _network(self, condition: Condition) -> Predict:
-        """The denoiser under a condition of b rows, for latents (1, ...) that the rows share: -> (b, ...).
-
-        Between the sampler's float32 and the network's own precision.
-        """
-        dtype = self.unet.conv_in.weight.dtype
-        return lambda x, t: self.unet(x.to(dtype), t, condition).float()
 
     def _decoded(self, latents: Tensor, progress: Progress) -> Iterator[np.ndarray]:
         done = 0

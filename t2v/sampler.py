@@ -1,12 +1,12 @@
 """Sampling as plain data and one loop: schedules, update rules, guidance. Knows functions, not models.
 
 Both solvers are linear in what they are given, so a whole trajectory is a list of `Step`s: five float64 numbers each,
-computed once per request. With alpha_bar the cumulative signal share, alpha = sqrt(alpha_bar) and
-sigma = sqrt(1 - alpha_bar), a noisy sample is x_t = alpha x_0 + sigma eps.
+computed once per request; and one step is one expression (`update`), whatever the solver. With alpha_bar the cumulative
+signal share, alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), a noisy sample is x_t = alpha x_0 + sigma eps.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from t2v.errors import WeightsError
 
 Solver = Literal["dpm++", "ddim"]
-Predict = Callable[[Tensor, int], Tensor]
+# (index of the step, x_t, x_0 of the step before) -> (x at the next timestep, x_0)
+Advance = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -135,67 +136,69 @@ class Schedule:
     def _step(
         self, t: int, alpha: float, sigma: float, from_x: float, from_x_0: float, from_previous: float = 0.0
     ) -> "Step":
-        if self.prediction_type == "epsilon":
-            return Step(t, 1 / alpha, -sigma / alpha, from_x, from_x_0, from_previous)
-        return Step(t, alpha, -sigma, from_x, from_x_0, from_previous)
+        to_x_0 = (1 / alpha, -sigma / alpha) if self.prediction_type == "epsilon" else (alpha, -sigma)
+        return Step(t, (*to_x_0, from_x, from_x_0, from_previous))
 
 
 @dataclass(frozen=True)
 class Step:
     """One update of a trajectory.
 
-    x_0    = x_0_from_x * x + x_0_from_prediction * prediction
-    x_next = from_x * x + from_x_0 * x_0 + from_previous * (x_0 of the step before)
+    Attributes:
+        t: diffusion timestep the network is asked at.
+        coefficients: what `update` multiplies with.
     """
 
     t: int
-    x_0_from_x: float
-    x_0_from_prediction: float
-    from_x: float
-    from_x_0: float
-    from_previous: float = 0.0
+    coefficients: tuple[float, float, float, float, float]
+
+
+def update(
+    x: Tensor, previous: Tensor, prediction: Tensor, coefficients: Sequence[float] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of a trajectory.
+
+    Args:
+        x: x_t, float32 (or float64), any shape.
+        previous: x_0 of the step before; anything finite in the first step.
+        prediction: the network's, shape of x.
+        coefficients: of a `Step`; plain numbers, or a (5,) tensor on the device of x.
+
+    Returns:
+        x at the next timestep and x_0, both of shape and dtype of x.
+    """
+    x_0 = coefficients[0] * x + coefficients[1] * prediction
+    return coefficients[2] * x + coefficients[3] * x_0 + coefficients[4] * previous, x_0
 
 
 def denoise(
-    predict: Predict, x: Tensor, steps: list[Step], progress: Callable[[int, int], None] = lambda done, total: None
+    advance: Advance, x: Tensor, n: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Tensor:
-    """Run a trajectory.
+    """Run n steps from noise x to a clean sample of the same shape and dtype.
 
     Args:
-        predict: (x_t, t) -> the network's prediction, shape of x_t; guidance is in it.
-        x: noise, float32 (or float64), any shape.
-        steps: from `Schedule.steps`.
+        advance: makes one step.
         progress: called with (steps done, steps in all) after every step.
-
-    Returns:
-        The clean sample, shape and dtype of x.
     """
-    previous = None
-    for done, step in enumerate(steps, start=1):
-        prediction = predict(x, step.t).to(x.dtype)
-        x_0 = step.x_0_from_x * x + step.x_0_from_prediction * prediction
-        x = step.from_x * x + step.from_x_0 * x_0
-        if step.from_previous:
-            assert previous is not None
-            x = x + step.from_previous * previous
-        previous = x_0
-        progress(done, len(steps))
+    previous = torch.zeros_like(x)
+    for i in range(n):
+        x, previous = advance(i, x, previous)
+        progress(i + 1, n)
     return x
 
 
-def guided(network: Callable[[Tensor, int], Tensor], scale: float) -> Predict:
+def guided(predictions: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): uncond + scale * (cond - uncond).
 
     Args:
-        network: (x (1, ...), t) -> predictions for x (2, ...), row 0 unconditional, row 1 conditional.
-        scale: 1 would be the conditional row alone, for which no guidance is needed.
+        predictions: (2, ...), row 0 unconditional, row 1 conditional.
+        scale: a number or a tensor of shape (); 1 would be the conditional row alone, for which no guidance is needed.
+
+    Returns:
+        (1, ...)
     """
-
-    def predict(x: Tensor, t: int) -> Tensor:
-        uncond, cond = network(x, t).chunk(2)
-        return uncond + scale * (cond - uncond)
-
-    return predict
+    uncond, cond = predictions.chunk(2)
+    return uncond + scale * (cond - uncond)
 
 
 def _alpha_bar(beta_start: float, beta_end: float, T: int, rescale_zero_snr: bool) -> Tensor:

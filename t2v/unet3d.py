@@ -14,9 +14,10 @@ Activations live in one layout from end to end: `(b, F, h, w, c)`, contiguous, c
 all of them as views. The only copies are the gather of q, k, v for temporal attention, where frames have to become the
 sequence axis, and its inverse.
 
-Two things are never computed twice. The keys and values of the text serve all frames and all steps, so they can be
-computed once (`UNet3D.condition`). And rows that share their latents, as the guided pair does, are one row until the
-first cross-attention tells them apart: that part runs on a batch of one and broadcasts.
+Nothing is computed twice. The keys and values of the text serve all frames and all steps, and what the timesteps add
+does not depend on the latents: a request computes both once (`UNet3D.condition`, `UNet3D.moments`), and a step (`run`)
+only reads them. And rows that share their latents, as the guided pair does, are one row until the first cross-attention
+tells them apart: that part runs on a batch of one and broadcasts.
 """
 
 import math
@@ -28,9 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.errors import WeightsError
+from t2v.upsample import Upsample
 
-# Keys and values (b, heads, n, head_dim) of the text, for every spatial transformer.
-Condition = dict[nn.Module, tuple[Tensor, Tensor]]
+# For every residual block its timestep's term, (b or 1, c); for every spatial transformer the text's keys and values,
+# each (b, heads, n, head_dim).
+Signals = dict[nn.Module, Any]
 
 # The first temporal transformer always has 8 heads, whatever its width; the original hard-codes it.
 TRANSFORMER_IN_HEADS = 8
@@ -129,24 +132,39 @@ class UNet3D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def condition(self, context: Tensor) -> Condition:
-        """What the network reads from the text, (b, n, cross_attention_dim); the same for every step of a request."""
-        return {m: m.keys_values(context) for m in self.modules() if isinstance(m, SpatialTransformer)}
+        # Who reads the timestep, who the text, in the order of `moments` and `condition`. Tuples, not submodules.
+        self.timed = tuple(m for m in self.modules() if isinstance(m, ResBlock))
+        self.texted = tuple(m for m in self.modules() if isinstance(m, SpatialTransformer))
 
-    def forward(self, latents: Tensor, t: int | Tensor, context: Tensor | Condition) -> Tensor:
+    def forward(self, latents: Tensor, t: int | Tensor, context: Tensor) -> Tensor:
         """Predict.
 
         Args:
             latents: (b, in_channels, F, h, w), any F, h, w >= 1; or (1, ...), shared by the b rows of the context.
             t: diffusion timestep, an int or a tensor of shape () or (b,) of the latents.
-            context: (b, n, cross_attention_dim) text embeddings, n is 77 with CLIP; or what `condition` made of them.
+            context: (b, n, cross_attention_dim) text embeddings, n is 77 with CLIP.
 
         Returns:
             (b, out_channels, F, h, w), dtype of `latents`.
         """
-        condition = self.condition(context) if isinstance(context, Tensor) else context
-        t = torch.as_tensor(t, device=latents.device).expand(latents.shape[0])
-        temb = F.silu(self.time_embedding(t, latents.dtype))
+        t = torch.as_tensor(t, device=latents.device).reshape(-1)
+        return self.run(latents, self.moments(t), self.condition(context))
+
+    def moments(self, t: Tensor) -> Tensor:
+        """What the network reads from timesteps (n,): (n, d), the terms of all residual blocks side by side."""
+        temb = F.silu(self.time_embedding(t))
+        return torch.cat([block.time_emb_proj(temb) for block in self.timed], dim=-1)
+
+    def condition(self, context: Tensor) -> Tensor:
+        """What it reads from text (b, n, cross_attention_dim): (b, n, d), all keys and values side by side."""
+        return torch.cat([y for block in self.texted for y in block.keys_values(context)], dim=-1)
+
+    def run(self, latents: Tensor, moment: Tensor, condition: Tensor) -> Tensor:
+        """`forward` with what it reads computed before: `moment` is rows (b or 1, d) of `moments`."""
+        terms = moment.split([block.conv1.out_channels for block in self.timed], dim=-1)
+        texts = condition.split([block.width for block in self.texted for _ in "kv"], dim=-1)
+        signals: Signals = dict(zip(self.timed, terms))
+        signals |= {block: block.split(*kv) for block, kv in zip(self.texted, zip(texts[::2], texts[1::2]))}
 
         x = latents.permute(0, 2, 3, 4, 1).contiguous()  # (b, F, h, w, c) from here to the last line
         x = conv2d(self.conv_in, x)
@@ -154,10 +172,10 @@ class UNet3D(nn.Module):
 
         skips = [x]
         for block in self.down_blocks:
-            x = block.down(x, temb, condition, skips)
-        x = self.mid_block(x, temb, condition)
+            x = block.down(x, signals, skips)
+        x = self.mid_block(x, signals)
         for block in self.up_blocks:
-            x = block.up(x, temb, condition, skips)
+            x = block.up(x, signals, skips)
 
         x = conv2d(self.conv_out, F.silu(frame_norm(self.conv_norm_out, x)))
         return x.permute(0, 4, 1, 2, 3)
@@ -186,29 +204,29 @@ class Block(nn.Module):
         if resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, condition: Condition) -> Tensor:
-        x = self.temp_convs[i](self.resnets[i](x, temb))
+    def layer(self, i: int, x: Tensor, signals: Signals) -> Tensor:
+        x = self.temp_convs[i](self.resnets[i](x, signals))
         if self.attentions:
-            x = self.temp_attentions[i](self.attentions[i](x, condition))
+            x = self.temp_attentions[i](self.attentions[i](x, signals))
         return x
 
-    def down(self, x: Tensor, temb: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+    def down(self, x: Tensor, signals: Signals, skips: list[Tensor]) -> Tensor:
         """Appends every map it makes to `skips`."""
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, temb, condition)
+            x = self.layer(i, x, signals)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
             skips.append(x)
         return x
 
-    def up(self, x: Tensor, temb: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+    def up(self, x: Tensor, signals: Signals, skips: list[Tensor]) -> Tensor:
         """Takes from `skips` the maps it concatenates, and grows to the size of the one that comes next."""
         for i in range(len(self.resnets)):
             skip = skips.pop().expand(x.shape[0], -1, -1, -1, -1)
-            x = self.layer(i, torch.cat([x, skip], dim=-1), temb, condition)
+            x = self.layer(i, torch.cat([x, skip], dim=-1), signals)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, skips[-1].shape[2:4])
+            x = unframes(self.upsamplers[0](frames(x), skips[-1].shape[2:4]), x.shape[0])
         return x
 
 
@@ -223,10 +241,10 @@ class MidBlock(nn.Module):
         )
         self.temp_attentions = nn.ModuleList([TemporalTransformer(c, c // head_dim, head_dim, groups)])
 
-    def forward(self, x: Tensor, temb: Tensor, condition: Condition) -> Tensor:
-        x = self.temp_convs[0](self.resnets[0](x, temb))
-        x = self.temp_attentions[0](self.attentions[0](x, condition))
-        return self.temp_convs[1](self.resnets[1](x, temb))
+    def forward(self, x: Tensor, signals: Signals) -> Tensor:
+        x = self.temp_convs[0](self.resnets[0](x, signals))
+        x = self.temp_attentions[0](self.attentions[0](x, signals))
+        return self.temp_convs[1](self.resnets[1](x, signals))
 
 
 class ResBlock(nn.Module):
@@ -241,10 +259,10 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x (b, F, h, w, c_in), temb (b, d) after its activation -> (b, F, h, w, c_out)."""
+    def forward(self, x: Tensor, signals: Signals) -> Tensor:
+        """(b, F, h, w, c_in) -> (b, F, h, w, c_out)."""
         h = conv2d(self.conv1, F.silu(frame_norm(self.norm1, x)))
-        h = h + self.time_emb_proj(temb)[:, None, None, None, :]
+        h = h + signals[self][:, None, None, None, :]
         h = conv2d(self.conv2, F.silu(frame_norm(self.norm2, h)))
         return h + (x if self.conv_shortcut is None else conv2d(self.conv_shortcut, x))
 
@@ -293,23 +311,28 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, c: int, heads: int, head_dim: int, groups: int, context_dim: int):
         super().__init__()
-        inner = heads * head_dim
+        self.width = inner = heads * head_dim
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, inner)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, context_dim)])
         self.proj_out = nn.Linear(inner, c)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, n, context_dim) -> keys and values (b, heads, n, head_dim)."""
+        """(b, n, context_dim) -> keys and values, (b, n, width) each."""
         attention = self.transformer_blocks[0].attn2
-        return attention.split(attention.to_k(context)), attention.split(attention.to_v(context))
+        return attention.to_k(context), attention.to_v(context)
 
-    def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        """x (b, F, h, w, c), or (1, ...) for all rows of the condition -> (b, F, h, w, c)."""
+    def split(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, n, width) -> (b, heads, n, head_dim)."""
+        attention = self.transformer_blocks[0].attn2
+        return attention.split(k), attention.split(v)
+
+    def forward(self, x: Tensor, signals: Signals) -> Tensor:
+        """x (b, F, h, w, c), or (1, ...) for all rows of the text -> (b, F, h, w, c)."""
         block = self.transformer_blocks[0]
         h = self.proj_in(frame_norm(self.norm, x))
         h = h + block.attn1.within_frames(block.norm1(h))
-        h = h + block.attn2.to_text(block.norm2(h), *condition[self])
+        h = h + block.attn2.to_text(block.norm2(h), *signals[self])
         h = h + block.ff(block.norm3(h))
         return x + self.proj_out(h)
 
@@ -411,17 +434,6 @@ class Downsample(nn.Module):
         return conv2d(self.conv, x)
 
 
-class Upsample(nn.Module):
-    """Nearest neighbour to a stated size, then 3x3: sizes that do not halve evenly come back exact."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return conv2d(self.conv, unframes(F.interpolate(frames(x), size=tuple(size), mode="nearest"), x.shape[0]))
-
-
 class TimestepEmbedding(nn.Module):
     """Sinusoids [cos, sin] of the timestep, then two linear layers."""
 
@@ -431,18 +443,13 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = nn.Linear(c, c_out)
         self.linear_2 = nn.Linear(c_out, c_out)
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t (b,) -> (b, c_out)."""
+    def forward(self, t: Tensor) -> Tensor:
+        """t (n,) -> (n, c_out)."""
         half = self.c // 2
         rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None].float() * rates
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
-
-
-def stack(first: Condition, second: Condition) -> Condition:
-    """The rows of one condition above those of another."""
-    return {m: (torch.cat([first[m][0], second[m][0]]), torch.cat([first[m][1], second[m][1]])) for m in first}
 
 
 def frames(x: Tensor) -> Tensor:

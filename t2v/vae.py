@@ -1,11 +1,16 @@
 """Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
+
+from t2v.upsample import Upsample
 
 # Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16.
 CHUNK_PIXELS = 2**19
@@ -37,12 +42,39 @@ class VAE:
         """
         images = latents[0].transpose(0, 1)  # (F, channels, h, w)
         size = max(1, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1] * self.factor**2))
+        # On a GPU the next chunk is under way while the caller works on this one.
+        ahead = 1 if images.is_cuda else 0
+        started: deque[Callable[[], np.ndarray]] = deque()
         for chunk in images.split(size):
-            yield self._decode(chunk)
+            started.append(self._decode(chunk))
+            if len(started) > ahead:
+                yield started.popleft()()
+        for finish in started:
+            yield finish()
 
     @torch.inference_mode()
-    def _decode(self, images: Tensor) -> np.ndarray:
+    def _decode(self, images: Tensor) -> Callable[[], np.ndarray]:
+        """Start decoding; what it returns waits for the end."""
         z = (images / self.scale).to(self.autoencoder.dtype).contiguous(memory_format=torch.channels_last)
         pixels: Tensor = self.autoencoder.decode(z, return_dict=False)[0]
         pixels = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        pixels = pixels.permute(0, 2, 3, 1).contiguous().to("cpu", non_blocking=True)
+        if not images.is_cuda:
+            return pixels.numpy
+        done = torch.cuda.Event()
+        done.record()
+
+        def finish() -> np.ndarray:
+            done.synchronize()
+            return pixels.numpy()
+
+        return finish
+
+
+def build(config: dict[str, Any]) -> AutoencoderKL:
+    """The network of a diffusers `vae/config.json`, its decoder's upsamplers ours."""
+    autoencoder = AutoencoderKL.from_config(config)
+    for name, module in list(autoencoder.decoder.named_modules()):
+        if isinstance(module, Upsample2D):
+            autoencoder.decoder.set_submodule(name, Upsample(module.channels, module.out_channels))
+    return autoencoder

@@ -15,11 +15,13 @@ ALLOWED = {
     "request": {"errors"},
     "video": {"errors"},
     "text": {"errors"},
-    "unet3d": {"errors"},
-    "vae": {"errors"},
+    "unet3d": {"errors", "upsample"},
+    "vae": {"errors", "upsample"},
+    "upsample": set(),
     "sampler": {"errors"},
+    "graph": set(),
     "weights": {"errors"},
-    "engine": {"errors", "request", "text", "unet3d", "vae", "sampler", "weights"},
+    "engine": {"errors", "request", "text", "unet3d", "vae", "sampler", "upsample", "graph", "weights"},
 }
 
 

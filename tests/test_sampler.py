@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from conftest import MS_SCHEDULER
 from t2v.errors import WeightsError
-from t2v.sampler import Schedule, denoise, guided
+from t2v.sampler import Schedule, Step, denoise, guided, update
 
 STEPS = (1, 2, 4, 20, 25, 30, 50, 1000)
 TOLERANCE = 1e-5  # relative, at every step; measured at most 7e-6
@@ -39,6 +39,13 @@ def denoiser(schedule: Schedule):
         return eps if schedule.prediction_type == "epsilon" else alpha * eps - sigma * x_0
 
     return network
+
+
+def run(predict, x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
+    """A trajectory of a network (x_t, t) -> prediction."""
+    return denoise(
+        lambda i, x, previous: update(x, previous, predict(x, steps[i].t), steps[i].coefficients), x, len(steps)
+    )
 
 
 def reference_trajectory(kind, config: dict, n: int, network, x: torch.Tensor) -> list[torch.Tensor]:
@@ -78,7 +85,7 @@ def test_trajectory_equals_the_reference(solver, kind, name: str, n: int):
         return network(x, t)
 
     steps = schedule.steps(solver, n)
-    last = denoise(watched, x, steps)
+    last = run(watched, x, steps)
     ours = [*visited[1:], last]
     assert len(ours) == len(expected) == n
     if n == 1000 and solver == "dpm++" and "trailing" not in config.values():
@@ -119,21 +126,32 @@ def test_a_perfect_network_returns_the_clean_sample(solver, name: str):
         a = max(float(schedule.alpha_bar[t]), floor)
         return eps if schedule.prediction_type == "epsilon" else a**0.5 * eps - (1 - a) ** 0.5 * x_0
 
-    x = denoise(perfect, ab**0.5 * x_0 + (1 - ab) ** 0.5 * eps, schedule.steps(solver, 20))
+    x = run(perfect, ab**0.5 * x_0 + (1 - ab) ** 0.5 * eps, schedule.steps(solver, 20))
     final = float(schedule.alpha_bar[0]) if solver == "ddim" else 1.0
     np.testing.assert_allclose(x, final**0.5 * x_0 + (1 - final) ** 0.5 * eps, atol=1e-6)
 
 
 def test_guidance_acts_on_all_channels_from_the_unconditional_row():
     uncond, cond = torch.randn(2, 1, 4, 2, 2, 2)
-    predict = guided(lambda x, t: torch.cat([uncond, cond]) * t, 9.0)
-    assert torch.allclose(predict(uncond, 3), 3 * (uncond + 9 * (cond - uncond)))
+    for scale in (9.0, torch.tensor(9.0)):
+        assert torch.allclose(guided(torch.cat([uncond, cond]), scale), uncond + 9 * (cond - uncond))
+
+
+def test_coefficients_may_be_a_tensor():
+    """As a recorded step needs them; rounded to the sample's dtype either way."""
+    x, previous, prediction = torch.randn(3, 1, 4, 2, 2, 2)
+    numbers = Schedule.from_config(MS_SCHEDULER).steps("dpm++", 20)[5].coefficients
+    assert numbers[4] != 0
+    for a, b in zip(
+        update(x, previous, prediction, numbers),
+        update(x, previous, prediction, torch.tensor(numbers, dtype=torch.float64)),
+    ):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
 
 
 def test_progress_is_told_after_every_step():
     told = []
-    steps = Schedule.from_config(MS_SCHEDULER).steps("ddim", 3)
-    denoise(lambda x, t: x, torch.zeros(1), steps, lambda *a: told.append(a))
+    denoise(lambda i, x, previous: (x, x), torch.zeros(1), 3, lambda *a: told.append(a))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 

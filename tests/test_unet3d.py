@@ -64,14 +64,15 @@ def test_rows_do_not_mix_and_timesteps_may_differ():
 
 
 @torch.inference_mode()
-def test_rows_that_share_latents_and_a_prepared_condition():
-    """The guided pair: one row of latents, two of text, whose keys and values were computed before."""
+def test_rows_that_share_latents_and_prepared_signals():
+    """The guided pair: one row of latents, two of text; and what a request computes before its steps."""
     reference, ours = both(FOUR_LEVELS, torch.float64)
     x = torch.randn(1, 4, 3, 5, 6, dtype=torch.float64)
     context = torch.randn(2, 77, 24, dtype=torch.float64)
     expected = reference(torch.cat([x, x]), 500, context).sample
     assert relative_error(ours(x, 500, context), expected) < FLOAT64
-    assert relative_error(ours(x, 500, ours.condition(context)), expected) < FLOAT64
+    moments, condition = ours.moments(torch.tensor([20, 500])), ours.condition(context)
+    assert relative_error(ours.run(x, moments[1:], condition), expected) < FLOAT64
 
 
 @torch.inference_mode()
