@@ -2,13 +2,13 @@
 
     python scripts/bench.py --model demo
     python scripts/bench.py --model ms-1.7b-random --frames 8 --size 128 --steps 1 --rounds 5
-    python scripts/bench.py --model demo --sweep frames=8,16,32,64,128
+    python scripts/bench.py --model demo --sweep frames=8,16,32,64,128 --plot docs/frames.svg
     python scripts/bench.py --model ms-1.7b-random --setup
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
 `compiled` (CUDA only) is the same with torch.compile; `ours` is Engine and write_video. Beside every time stands the
-gate: the relative error of the final latents and the PSNR of the frames against stock. Prints a table, and one line of
-JSON last.
+gate: the relative error of the final latents and the PSNR of the frames against stock; in half precision also the error
+of each arm against our float32. Prints a table, and one line of JSON last.
 """
 
 import argparse
@@ -43,7 +43,10 @@ STAGES = ("text", "denoise", "decode", "encode", "total")
 
 @dataclass
 class Run:
-    """One video: seconds per stage, and what was made. In `ours` encoding overlaps decoding, and counts as decoding."""
+    """One video: seconds per stage, and what was made. In `ours` encoding overlaps decoding, and counts as decoding.
+
+    `host` is the time until the last denoising step was issued, whether or not the device had done it.
+    """
 
     seconds: dict[str, float]
     latents: torch.Tensor = field(repr=False)
@@ -61,10 +64,12 @@ def ours(folder: Path, device: str, dtype: str) -> Arm:
         kept: list[np.ndarray] = []
 
         def progress(stage: str, done: int, total: int) -> None:
-            if done == total and stage != "decode":
+            if stage == "text":
                 marks.append(_now(device))
 
         latents = engine.denoised(request, progress)
+        issued = time.perf_counter()
+        marks.append(_now(device))
 
         def chunks():
             for frames in engine.vae.decode(latents):
@@ -76,7 +81,7 @@ def ours(folder: Path, device: str, dtype: str) -> Arm:
         marks.append(_now(device))
         text, denoise, rest = np.diff(marks)
         seconds = {"text": text, "denoise": denoise, "decode": rest, "encode": 0.0, "total": marks[-1] - marks[0]}
-        return Run(seconds, latents.cpu(), np.concatenate(kept))
+        return Run(seconds | {"host": issued - marks[1]}, latents.cpu(), np.concatenate(kept))
 
     return run
 
@@ -85,56 +90,70 @@ def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
     from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
     from diffusers.utils import export_to_video
 
-    engine = Engine.load(folder, device, dtype)  # for the noise, the size and the model's own guidance
-    precision = next(engine.unet.parameters()).dtype
-    pipeline = TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=precision).to(engine.text.encoder.device)
+    precision = getattr(torch, settled(dtype, device))
+    pipeline = TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=precision).to(device)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if compiled:
         pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
-    noise, size, guidance = engine.noise, engine.size, engine.guidance
-    del engine
+    guidance = json.loads((folder / "model_index.json").read_text()).get("_t2v_guidance_scale", 9.0)
+    factor, native = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
 
     def run(request: Request) -> Run:
-        denoised = 0.0
+        encoded = issued = denoised = 0.0
         final: list[torch.Tensor] = []
-        decode = pipeline.decode_latents
+        encode, decode = pipeline.encode_prompt, pipeline.decode_latents
 
-        def watched(latents: torch.Tensor) -> torch.Tensor:
-            nonlocal denoised
-            final.append(latents.cpu())
+        def encoding(*args: Any, **kwargs: Any) -> Any:
+            nonlocal encoded
+            context = encode(*args, **kwargs)
+            encoded = _now(device)
+            return context
+
+        def decoding(latents: torch.Tensor) -> torch.Tensor:
+            nonlocal issued, denoised
+            issued = time.perf_counter()
             denoised = _now(device)
+            final.append(latents.cpu())
             return decode(latents)
 
-        height, width = size(request)
-        pipeline.decode_latents = watched
+        h, w = (length // factor if length else native for length in (request.height, request.width))
+        shape = (1, pipeline.unet.config.in_channels, request.num_frames, h, w)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(int(request.seed or 0)))
+        pipeline.encode_prompt, pipeline.decode_latents = encoding, decoding
         started = _now(device)
         try:
             video = pipeline(
                 request.prompt,
-                height=height,
-                width=width,
+                height=h * factor,
+                width=w * factor,
                 num_frames=request.num_frames,
                 num_inference_steps=request.num_inference_steps,
-                guidance_scale=guidance(request),
-                latents=noise(request).to(precision),
+                guidance_scale=guidance,
+                latents=noise.to(device, precision),
             ).frames[0]
         finally:
-            pipeline.decode_latents = decode
+            pipeline.encode_prompt, pipeline.decode_latents = encode, decode
         decoded = _now(device)
         with tempfile.TemporaryDirectory() as folder:
             export_to_video(list(video), f"{folder}/a.mp4", fps=request.fps)
         ended = _now(device)
         seconds = {
-            "text": 0.0,  # inside the pipeline's call; counted as denoising
-            "denoise": denoised - started,
+            "text": encoded - started,
+            "denoise": denoised - encoded,
             "decode": decoded - denoised,
             "encode": ended - decoded,
             "total": ended - started,
+            "host": issued - encoded,
         }
         return Run(seconds, final[0], (video * 255).round().astype(np.uint8))
 
     return run
+
+
+def settled(dtype: str, device: str) -> str:
+    """What "auto" stands for."""
+    return dtype if dtype != "auto" else "float16" if device.startswith("cuda") else "float32"
 
 
 def _now(device: str) -> float:
@@ -143,8 +162,14 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def compare(arms: dict[str, Arm], request: Request, rounds: int, warmups: int) -> dict[str, Any]:
-    """Interleaved rounds, the order turned round every time; seconds, ratios and the gate."""
+def compare(
+    arms: dict[str, Arm], request: Request, rounds: int, warmups: int, exact: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Interleaved rounds, the order turned round every time; seconds, ratios and the gate.
+
+    Args:
+        exact: latents of the request in float32, where the arms run in less.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     for i in range(warmups + rounds):
         for name in list(arms) if i % 2 == 0 else list(reversed(arms)):
@@ -156,11 +181,14 @@ def compare(arms: dict[str, Arm], request: Request, rounds: int, warmups: int) -
         totals = [run.seconds["total"] for run in made]
         result[name] = {stage: statistics.median(run.seconds[stage] for run in made) for stage in STAGES}
         result[name] |= {"min": min(totals), "spread": max(totals) - min(totals)}
+        result[name]["host_ms"] = statistics.median(r.seconds["host"] for r in made) / request.num_inference_steps * 1e3
         result[name]["steps_per_second"] = request.num_inference_steps / result[name]["denoise"]
         if "stock" in runs:
             base = runs["stock"]
             ratios = [a.seconds["total"] / b.seconds["total"] for a, b in zip(base, made)]
             latents, reference = made[0].latents.double(), base[0].latents.double()
+            if exact is not None:
+                result[name]["error_to_float32"] = float((latents - exact).norm() / exact.norm())
             mse = np.square(made[0].frames.astype(float) - base[0].frames).mean()
             result[name] |= {
                 "times_as_fast": statistics.median(ratios),
@@ -191,7 +219,7 @@ def peak_memory(arm: str, args: argparse.Namespace, request: Request) -> float:
     program = [sys.executable, __file__, "--only", arm, "--model", args.model, "--device", args.device]
     program += ["--dtype", args.dtype, "--frames", str(request.num_frames), "--steps", "2"]
     program += ["--size", str(request.width)] if request.width else []
-    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -217,13 +245,12 @@ print(json.dumps({"import": imported - start, "load": time.perf_counter() - impo
 
 def compare_setup(folder: Path, device: str, dtype: str, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of importing and of loading, arms interleaved, files in the page cache, a process for each."""
-    if dtype == "auto":
-        dtype = "float16" if device.startswith("cuda") else "float32"
+    dtype = settled(dtype, device)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETUP}
     for i in range(1 + rounds):
         for name in list(SETUP) if i % 2 == 0 else list(reversed(SETUP)):
             program = [sys.executable, "-c", SETUP_PROGRAM, str(ROOT), *SETUP[name], str(folder), device, dtype]
-            done = subprocess.run(program, capture_output=True, text=True, check=True)
+            done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
             if i:  # the first round fills the page cache
                 runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     result = {}
@@ -247,6 +274,7 @@ def main() -> None:
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--sweep", help="frames=8,16,32 or size=128,256 or steps=10,50: a row for each value")
+    parser.add_argument("--plot", help="with --sweep frames=...: an SVG of time and memory (needs matplotlib)")
     parser.add_argument("--setup", action="store_true", help="time imports and loading only, against from_pretrained")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one video of one arm, then its peak memory
     args = parser.parse_args()
@@ -290,12 +318,14 @@ def main() -> None:
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
 
+    half = settled(args.dtype, args.device) != "float32"
     arms = {name: make() for name, make in makers.items()}
     what, _, values = (args.sweep or f"frames={args.frames}").partition("=")
     rows = []
     for value in values.split(","):
         asked = request(**{what: int(value)})
-        row: dict[str, Any] = {what: int(value), **compare(arms, asked, args.rounds, args.warmups)}
+        exact = ours(folder, args.device, "float32")(asked).latents.double() if half else None
+        row: dict[str, Any] = {what: int(value), **compare(arms, asked, args.rounds, args.warmups, exact)}
         flops = stock_flops(folder, asked) * asked.num_inference_steps
         for name in arms:
             row[name]["peak_memory_gib"] = peak_memory(name, args, asked)
@@ -304,8 +334,42 @@ def main() -> None:
             row[name]["mfu"] = flops / row[name]["denoise"] / peak if peak else None
         rows.append(row)
         _table(row, what)
+    fits = {name: fit([row[what] for row in rows], [row[name]["total"] for row in rows]) for name in arms}
+    if len(rows) > 2:
+        for name, found in fits.items():
+            print(f"{name}: {found['base']:.3f} s + {found['slope']:.4f} s per {what}, R^2 {found['r2']:.5f}")
+    if args.plot:
+        plot(Path(args.plot), rows, what, list(arms))
     machine = {"device": _device_name(args.device), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps({"model": args.model, "steps": args.steps, "rounds": args.rounds, **machine, "rows": rows}))
+    asked_for = {"model": args.model, "steps": args.steps, "rounds": args.rounds}
+    print(json.dumps(asked_for | machine | {"rows": rows, "fits": fits}))
+
+
+def fit(x: list[int], y: list[float]) -> dict[str, float]:
+    """The straight line nearest to the points, and the share of their variance it explains."""
+    if len(x) < 3:
+        return {}
+    slope, base = np.polyfit(x, y, 1)
+    rest = np.square(np.array(y) - (base + slope * np.array(x))).sum() / np.square(np.array(y) - np.mean(y)).sum()
+    return {"base": float(base), "slope": float(slope), "r2": float(1 - rest)}
+
+
+def plot(path: Path, rows: list[dict[str, Any]], what: str, arms: list[str]) -> None:
+    """Seconds and peak memory over what was swept, a line for each arm."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "t2v"
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for panel, key, label in zip(panels, ("total", "peak_memory_gib"), ("seconds for a video", "peak memory, GiB")):
+        for name in arms:
+            panel.plot([row[what] for row in rows], [row[name][key] for row in rows], marker="o", label=name)
+        panel.set(xlabel=what, ylabel=label, ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _device_name(device: str) -> str:
@@ -318,13 +382,16 @@ COLUMNS = {
     "total": "8.3f",
     "min": "8.3f",
     "spread": "8.3f",
+    "text": "8.3f",
     "denoise": "8.3f",
     "decode": "8.3f",
     "encode": "8.3f",
+    "host_ms": "8.2f",
     "steps_per_second": "8.2f",
     "peak_memory_gib": "8.2f",
     "times_as_fast": "8.2f",
     "latents_error": "8.1e",
+    "error_to_float32": "8.1e",
     "frames_psnr": "8.1f",
 }
 
@@ -334,7 +401,8 @@ def _table(row: dict[str, Any], what: str) -> None:
     print(" " * 9 + "".join(f"{name.replace('_', ' ')[:9]:>10}" for name in COLUMNS))
     for name, result in row.items():
         if name != what:
-            print(f"{name:9}" + "".join(f"{format(result[k], form):>10}" for k, form in COLUMNS.items()), flush=True)
+            cells = (format(result[k], form) if k in result else "-" for k, form in COLUMNS.items())
+            print(f"{name:9}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":
