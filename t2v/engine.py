@@ -9,28 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor
 
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.graph import Graphs
+from t2v.networks import BUILD
 from t2v.request import Request
 from t2v.sampler import Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
-from t2v.unet3d import UNet3D, UNet3DConfig
+from t2v.unet3d import UNet3D
 from t2v.upsample import fold
 from t2v.vae import VAE
-from t2v.vae import build as build_vae
 
 Progress = Callable[[str, int, int], None]
-
-# From a network's config to the network, its parameters not yet filled.
-BUILD: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "unet": lambda config: UNet3D(UNet3DConfig.from_dict(config)),
-    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
-    "vae": build_vae,
-}
 
 
 class Engine:
@@ -67,32 +59,34 @@ class Engine:
         self.step = Graphs(self._step) if text.encoder.device.type == "cuda" else self._step
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> "Engine":
+    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto", verify: bool = False) -> "Engine":
         """Load a model from a folder in diffusers' layout.
 
         Args:
             device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
+            verify: read every file again to compare it with the manifest, whatever was found before.
 
         Raises:
             WeightsError: the folder is not a whole model of this family, or the device or dtype does not exist.
         """
         folder = Path(folder)
         where, precision = _device(device), _dtype(dtype, device)
-        weights.check(folder)
+        weights.check(folder, verify)
         index = weights.read_json(folder / "model_index.json")
         configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}
         networks: dict[str, Any] = {}
+        wrong = []
         for network, build in BUILD.items():
             try:
                 with init_empty_weights():
                     networks[network] = build(configs[network])
-            except WeightsError:
-                raise
-            except Exception as error:  # the libraries have their own kinds
-                raise WeightsError(f"{folder / network}/config.json describes no network: {error}") from error
-            weights.load(networks[network], folder, network, where, precision)
-            fold(networks[network])
+                weights.load(networks[network], folder, network, where, precision)
+                fold(networks[network])
+            except WeightsError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise WeightsError(" ".join(wrong))
         unet: UNet3D = networks["unet"]
         text = Text(load_tokenizer(str(folder / "tokenizer")), networks["text_encoder"])
         vae = VAE(networks["vae"])

@@ -7,12 +7,12 @@ padded here, and transformers only does the byte-pair encoding in between.
 
 import html
 import logging
-from typing import cast
+from typing import Any, cast
 
 import ftfy
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 77
 START, END, PAD = 49406, 49407, 0
@@ -53,6 +53,11 @@ class Text:
             ids = [START, *words, END]
             row[: len(ids)] = torch.tensor(ids)
         return rows
+
+
+def build(config: dict[str, Any]) -> CLIPTextModel:
+    """The network of a transformers `text_encoder/config.json`."""
+    return CLIPTextModel(CLIPTextConfig.from_dict(config))
 
 
 def load_tokenizer(folder: str) -> CLIPTokenizer:

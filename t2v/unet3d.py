@@ -181,6 +181,11 @@ class UNet3D(nn.Module):
         return x.permute(0, 4, 1, 2, 3)
 
 
+def build(config: dict[str, Any]) -> UNet3D:
+    """The network of a diffusers `unet/config.json`."""
+    return UNet3D(UNet3DConfig.from_dict(config))
+
+
 class Block(nn.Module):
     """One resolution of the way down or up: per layer residual, temporal convolution and, if `attention`, the two
     transformers; then a resampling."""
@@ -396,13 +401,10 @@ class Attention(nn.Module):
     def along_frames(self, x: Tensor) -> Tensor:
         """Every pixel attends to itself in all frames. (b, F, h, w, c) -> same."""
         b, frames, h, w, c = x.shape
-
-        def sequences(y: Tensor) -> Tensor:  # (b*h*w, heads, F, head_dim)
-            return self.split(y.flatten(2, 3).transpose(1, 2).reshape(b * h * w, frames, c))
-
-        y = self.attend(sequences(self.to_q(x)), sequences(self.to_k(x)), sequences(self.to_v(x)))
-        y = y.view(b, h * w, frames, c).transpose(1, 2).reshape(x.shape)
-        return self.to_out[0](y)
+        sequences = x.flatten(2, 3).transpose(1, 2).reshape(b * h * w, frames, c)
+        q, k, v = (self.split(project(sequences)) for project in (self.to_q, self.to_k, self.to_v))
+        y = self.to_out[0](self.attend(q, k, v))
+        return y.view(b, h, w, frames, c).permute(0, 3, 1, 2, 4)
 
     def split(self, y: Tensor) -> Tensor:
         """(n, l, c) -> (n, heads, l, head_dim)."""
@@ -421,8 +423,10 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(c, 8 * c)}), "2": nn.Linear(4 * c, c)})
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)
-        return self.net["2"](value * F.gelu(gate))
+        proj = self.net["0"]["proj"]  # as two products: contiguous halves are read faster than those of one product
+        (value_weight, gate_weight), (value_bias, gate_bias) = proj.weight.chunk(2), proj.bias.chunk(2)
+        gate = F.gelu(F.linear(x, gate_weight, gate_bias))
+        return self.net["2"](F.linear(x, value_weight, value_bias) * gate)
 
 
 class Downsample(nn.Module):

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Along one side: which of the three taps add up to each of the four of the transposed kernel.
+MEET = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+
 
 class Upsample(nn.Module):
     """Nearest neighbour to a stated size, then 3x3; has the parameters of diffusers' `Upsample2D` with a convolution.
@@ -40,5 +43,6 @@ def fold(network: nn.Module) -> None:
         if isinstance(module, Upsample):
             weight = module.conv.weight  # (c_out, c, 3, 3)
             exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            sums = F.avg_pool2d(exact, 2, stride=1, padding=1, divisor_override=1).flip(2, 3).transpose(0, 1)
-            module.kernel = sums.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+            meet = torch.tensor(MEET, dtype=exact.dtype, device=exact.device)
+            kernel = torch.einsum("pa,qb,oiab->iopq", meet, meet, exact)
+            module.kernel = kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last)

@@ -21,7 +21,9 @@ ALLOWED = {
     "sampler": {"errors"},
     "graph": set(),
     "weights": {"errors"},
-    "engine": {"errors", "request", "text", "unet3d", "vae", "sampler", "upsample", "graph", "weights"},
+    "networks": {"text", "unet3d", "vae"},
+    "convert": {"errors", "networks", "weights"},
+    "engine": {"errors", "request", "text", "unet3d", "vae", "sampler", "upsample", "graph", "networks", "weights"},
 }
 
 

@@ -1,0 +1,490 @@
+"""Other people's weights -> a model folder in diffusers' layout, safetensors only.
+
+Reads ModelScope's original checkpoint (configuration.json, the denoiser, a VQGAN file, an open_clip file) and folders
+in diffusers' layout whose weights are still pickles (`.bin`). Runs once; `t2v.weights` reads the result at every start.
+
+For the original, a table says where each tensor goes. A prefix of a name stands for all names under it; a name that no
+prefix covers is an error unless `DROPPED` names it, and so is a parameter of the network that nothing fills. Values
+change in two places only: layers that are convolutions of kernel size 1 there and linear here lose the trailing ones of
+their shape, and the stacked query, key and value weights of the text encoder come apart.
+
+Pickles are never executed: torch's restricted reader takes tensors and plain containers, and every other class a file
+names becomes an inert `Foreign`.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from t2v import weights
+from t2v.errors import WeightsError
+from t2v.networks import BUILD
+
+Table = dict[str, str | tuple[str, ...]]
+
+# What the original keeps in its code and not in its files.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "thresholding": False,
+}
+COMPONENTS = {
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet3DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+TOKENIZER = Path(__file__).resolve().parent.parent / "weights" / "demo" / "tokenizer"  # CLIP's; all models share it
+SCALING_FACTOR = 0.18215
+NATIVE_SIZE = 256  # pixels
+CLIP_HEAD = 64  # channels of one attention head of the text encoder
+TRANSFORMER_IN_HEADS = 8  # the only number diffusers' layout can express
+
+# Under the original's residual blocks, and where each goes under a diffusers block; {j} is the layer.
+RESIDUAL = {
+    "in_layers.0": "resnets.{j}.norm1",
+    "in_layers.2": "resnets.{j}.conv1",
+    "emb_layers.1": "resnets.{j}.time_emb_proj",
+    "out_layers.0": "resnets.{j}.norm2",
+    "out_layers.3": "resnets.{j}.conv2",
+    "skip_connection": "resnets.{j}.conv_shortcut",
+    "temopral_conv": "temp_convs.{j}",  # the original's spelling
+}
+# Of the autoencoder's residual blocks.
+BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
+# Of its one attention.
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# Of the text encoder's layers.
+LAYER: Table = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.in_proj_weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.in_proj_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+# Prefixes of what is in the original's files and belongs to no network here. The text encoder's last layer, which the
+# model does not use, joins them when its number is known.
+DROPPED: dict[str, tuple[str, ...]] = {
+    "unet": (),
+    "vae": (),
+    "text_encoder": ("visual", "text_projection", "logit_scale", "attn_mask"),
+}
+
+
+def convert(source: Path, out: Path, dtype: torch.dtype = torch.float16, log: Callable[[str], None] = print) -> None:
+    """Write the model in `source` as the new folder `out`; there is a whole folder in the end, or none.
+
+    Args:
+        source: a folder of the original, or one in diffusers' layout.
+        out: must not exist yet.
+        dtype: of the written weights.
+        log: told what is done, a line for each network.
+
+    Raises:
+        WeightsError: the files are not a whole model of this family, hold what they should not, or `out` exists.
+    """
+    if not source.is_dir():
+        raise WeightsError(f"There is no folder {source}.")
+    if out.exists():
+        raise WeightsError(f"{out} exists already; name a new folder, or remove it first.")
+    reader = _original if (source / "configuration.json").is_file() else _diffusers
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        reader(source, scratch, dtype, log)
+        weights.write_manifest(scratch, f"scripts/convert_weights {source} NEW_FOLDER")
+        weights.check(scratch)
+        scratch.chmod(0o755)
+        os.replace(scratch, out)
+    except OSError as error:
+        raise WeightsError(f"{out} could not be written: {error.strerror or error}. Is the disk full?") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _original(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str], None]) -> None:
+    configuration = weights.read_json(source / "configuration.json")
+    try:
+        names, model = configuration["model"]["model_args"], configuration["model"]["model_cfg"]
+        paths = {
+            "unet": source / names["ckpt_unet"],
+            "vae": source / names["ckpt_autoencoder"],
+            "text_encoder": source / names["ckpt_clip"],
+        }
+        unet_config = _unet_config(model)
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{source}/configuration.json has no {error}; is it ModelScope's?") from error
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    if missing:
+        raise WeightsError(f"{source} lacks: {', '.join(missing)}.")
+
+    state = read_pickle(paths["unet"])
+    levels, blocks = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
+    attention = [kind.startswith("CrossAttn") for kind in unet_config["down_block_types"]]
+    _write(out, "unet", unet_config, state, unet_table(levels, blocks, attention), paths["unet"], dtype, log)
+
+    state = _under(read_pickle(paths["vae"]), "first_stage_model.")
+    if "encoder.conv_in.weight" not in state:
+        raise WeightsError(f"{paths['vae']} holds no autoencoder: no first_stage_model.encoder.conv_in.weight.")
+    vae_config = _vae_config(state)
+    table = vae_table(len(vae_config["block_out_channels"]), vae_config["layers_per_block"])
+    _write(out, "vae", vae_config, state, table, paths["vae"], dtype, log)
+
+    state = read_pickle(paths["text_encoder"])
+    if "token_embedding.weight" not in state:
+        raise WeightsError(f"{paths['text_encoder']} holds no text encoder: no token_embedding.weight.")
+    layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks.")), default=0)
+    text_config = _text_config(state, layers)
+    unused = (f"transformer.resblocks.{layers - 1}",)
+    table = text_table(layers - 1)
+    _write(out, "text_encoder", text_config, state, table, paths["text_encoder"], dtype, log, unused)
+
+    _write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    shutil.copytree(TOKENIZER, out / "tokenizer", copy_function=shutil.copyfile)
+    _write_json(out / "model_index.json", {"_class_name": weights.PIPELINES[0], **COMPONENTS})
+
+
+def _diffusers(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str], None]) -> None:
+    missing = [name for name in weights.CONFIGS if not (source / name).is_file()]
+    files = {network: weights.find(source, network, pickles=True) for network in weights.NETWORKS}
+    missing += [f"the weights of {network}" for network, path in files.items() if path is None]
+    if missing:
+        raise WeightsError(f"{source} is neither ModelScope's folder nor diffusers': it lacks {', '.join(missing)}.")
+    for network, path in files.items():
+        assert path is not None
+        state = read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
+        config = weights.read_json(source / network / "config.json")
+        kept = {key: value for key, value in state.items() if not key.endswith(".position_ids")}
+        expected = {weights.common_name(key): key for key in _shapes(network, config)}
+        table: Table = {key: expected.get(weights.common_name(key), key) for key in kept}
+        _write(out, network, config, kept, table, path, dtype, log)
+    for name in weights.CONFIGS:
+        if not (out / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, out / name)
+    for name in ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def unet_table(levels: int, blocks: int, attention: list[bool]) -> Table:
+    """Prefixes of the original denoiser -> diffusers'.
+
+    Args:
+        levels: resolutions.
+        blocks: residual blocks of a level on the way down; one more on the way up.
+        attention: for each level, highest resolution first, whether it has transformers.
+    """
+    table: Table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "input_blocks.0.1": "transformer_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+
+    def slots(old: str, new: str, j: int, transformers: bool) -> None:
+        for name, target in RESIDUAL.items():
+            table[f"{old}.0.{name}"] = f"{new}.{target.format(j=j)}"
+        if transformers:
+            table[f"{old}.1"] = f"{new}.attentions.{j}"
+            table[f"{old}.2"] = f"{new}.temp_attentions.{j}"
+
+    n = 1
+    for level in range(levels):
+        for j in range(blocks):
+            slots(f"input_blocks.{n}", f"down_blocks.{level}", j, attention[level])
+            n += 1
+        if level < levels - 1:
+            table[f"input_blocks.{n}.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            n += 1
+
+    slots("middle_block", "mid_block", 0, True)
+    for name, target in RESIDUAL.items():
+        table[f"middle_block.3.{name}"] = f"mid_block.{target.format(j=1)}"
+
+    n = 0
+    for level in range(levels):
+        transformers = attention[levels - 1 - level]
+        for j in range(blocks + 1):
+            slots(f"output_blocks.{n}", f"up_blocks.{level}", j, transformers)
+            n += 1
+        if level < levels - 1:
+            slot = 3 if transformers else 1
+            table[f"output_blocks.{n - 1}.{slot}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return table
+
+
+def vae_table(levels: int, blocks: int) -> Table:
+    """Prefixes of the original autoencoder -> diffusers'; `levels` and `blocks` as in `unet_table`."""
+    table: Table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
+        table[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        for name, target in BLOCK.items():
+            for j in range(2):
+                table[f"{half}.mid.block_{j + 1}.{name}"] = f"{half}.mid_block.resnets.{j}.{target}"
+        for name, target in ATTENTION.items():
+            table[f"{half}.mid.attn_1.{name}"] = f"{half}.mid_block.attentions.0.{target}"
+    for level in range(levels):
+        mirrored = levels - 1 - level  # the original counts the way up from its end
+        for name, target in BLOCK.items():
+            for j in range(blocks):
+                table[f"encoder.down.{level}.block.{j}.{name}"] = f"encoder.down_blocks.{level}.resnets.{j}.{target}"
+            for j in range(blocks + 1):
+                table[f"decoder.up.{level}.block.{j}.{name}"] = f"decoder.up_blocks.{mirrored}.resnets.{j}.{target}"
+        table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{mirrored}.upsamplers.0.conv"
+    return table
+
+
+def text_table(layers: int) -> Table:
+    """Prefixes of an open_clip text encoder -> transformers', for the layers that are used."""
+    table: Table = {
+        "token_embedding": "text_model.embeddings.token_embedding",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final": "text_model.final_layer_norm",
+    }
+    for n in range(layers):
+        for name, target in LAYER.items():
+            new = f"text_model.encoder.layers.{n}."
+            table[f"transformer.resblocks.{n}.{name}"] = (
+                new + target if isinstance(target, str) else tuple(new + part for part in target)
+            )
+    return table
+
+
+def _unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' config of the denoiser that configuration.json's model_cfg describes."""
+    if str(model["temporal_attention"]) != "True" or model["unet_num_heads"] != TRANSFORMER_IN_HEADS:
+        raise WeightsError(
+            f"configuration.json: only temporal_attention True and unet_num_heads {TRANSFORMER_IN_HEADS} are supported."
+        )
+    multipliers, scales = model["unet_dim_mult"], model["unet_attn_scales"]
+    attention = [1 / 2**level in scales for level in range(len(multipliers))]
+    return {
+        "_class_name": "UNet3DConditionModel",
+        "sample_size": NATIVE_SIZE // 8,
+        "in_channels": model["unet_in_dim"],
+        "out_channels": model["unet_out_dim"],
+        "block_out_channels": [model["unet_dim"] * m for m in multipliers],
+        "down_block_types": ["CrossAttnDownBlock3D" if a else "DownBlock3D" for a in attention],
+        "up_block_types": ["CrossAttnUpBlock3D" if a else "UpBlock3D" for a in reversed(attention)],
+        "layers_per_block": model["unet_res_blocks"],
+        "cross_attention_dim": model["unet_context_dim"],
+        "attention_head_dim": model["unet_head_dim"],
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+    }
+
+
+def _vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """diffusers' config of an autoencoder, from the shapes of its tensors."""
+    levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
+    blocks = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
+    widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": state["encoder.conv_in.weight"].shape[1],
+        "out_channels": state["decoder.conv_out.weight"].shape[0],
+        "latent_channels": state["post_quant_conv.weight"].shape[0],
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": blocks,
+        "norm_num_groups": 32,
+        "sample_size": NATIVE_SIZE,
+        "act_fn": "silu",
+        "scaling_factor": SCALING_FACTOR,
+    }
+
+
+def _text_config(state: Mapping[str, Tensor], layers: int) -> dict[str, Any]:
+    """transformers' config of an open_clip text encoder of `layers` layers, without the last."""
+    vocabulary, width = state["token_embedding.weight"].shape
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "num_hidden_layers": layers - 1,
+        "num_attention_heads": width // CLIP_HEAD,
+        "max_position_embeddings": state["positional_embedding"].shape[0],
+        "projection_dim": state["text_projection"].shape[1] if "text_projection" in state else width,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+def _write(
+    out: Path,
+    network: str,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    table: Table,
+    source: Path,
+    dtype: torch.dtype,
+    log: Callable[[str], None],
+    unused: tuple[str, ...] = (),
+) -> None:
+    """One network's config and weights, tensor by tensor."""
+    shapes = _shapes(network, config)
+    sources: dict[str, Callable[[], Tensor]] = {}
+    wrong: list[str] = []
+    for key in state:
+        targets = _targets(key, table)
+        if not targets:
+            if not _covered(key, DROPPED[network] + unused):
+                wrong.append(f"{key} is unknown")
+            continue
+        for i, target in enumerate(targets):
+            if target in sources:
+                wrong.append(f"{key} is there twice, under another name")
+            sources[target] = lambda key=key, i=i, n=len(targets): state[key].chunk(n)[i]  # type: ignore[misc]
+    wrong += [f"nothing fills {target}" for target in shapes if target not in sources]
+    wrong += [f"{target} is no parameter" for target in sources if target not in shapes]
+    for target in shapes.keys() & sources.keys():
+        found = tuple(sources[target]().shape)
+        if found != shapes[target] and _squeezed(found, len(shapes[target])) != shapes[target]:
+            wrong.append(f"{target} has shape {found}, not {shapes[target]}")
+    if wrong:
+        raise WeightsError(f"{source} does not fit the {network}: {weights.some(wrong)}.")
+
+    def tensor(target: str) -> Tensor:
+        value = sources[target]().reshape(shapes[target]).to(dtype)
+        if not torch.isfinite(value).all():
+            known = torch.isfinite(sources[target]()).all()
+            why = f"overflows {str(dtype).removeprefix('torch.')}; convert to float32" if known else "is not finite"
+            raise WeightsError(f"{source}: {target} {why}.")
+        return value
+
+    folder = out / network
+    folder.mkdir()
+    infix = ".fp16" if dtype == torch.float16 else ""
+    weights.save(folder / f"{weights.NETWORKS[network]}{infix}.safetensors", shapes, dtype, tensor)
+    _write_json(folder / "config.json", config)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    log(f"{network}: {len(shapes)} tensors, {count:,} parameters, from {source.name}")
+
+
+def _targets(key: str, table: Table) -> tuple[str, ...]:
+    """Where a tensor goes, by the longest prefix of its name that the table has; () if none."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        found = table.get(".".join(parts[:n]))
+        if found is not None:
+            rest = "".join("." + part for part in parts[n:])
+            return (found + rest,) if isinstance(found, str) else tuple(name + rest for name in found)
+    return ()
+
+
+def _covered(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _squeezed(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The first n sizes, if the rest are ones."""
+    return shape[:n] if all(size == 1 for size in shape[n:]) else shape
+
+
+def _shapes(network: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The parameters a config asks for, by the names both versions of transformers read."""
+    with init_empty_weights():
+        try:
+            module: nn.Module = BUILD[network](config)
+        except WeightsError:
+            raise
+        except Exception as error:  # the libraries have their own kinds
+            raise WeightsError(f"{network}/config.json describes no network: {error}") from error
+    prefix = "text_model." if network == "text_encoder" else ""
+    return {prefix + key.removeprefix(prefix): tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What follows the prefix in the names that contain it; the rest of such a file belongs to other models."""
+    return {key.split(prefix, 1)[1]: value for key, value in state.items() if prefix in key}
+
+
+class Foreign:
+    """Stands for whatever class a pickle names that is no tensor: takes everything, does nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `torch.save` file by name, mapped from the disk, on the CPU; nothing in the file is executed.
+
+    A dictionary under the name "state_dict" is taken for the whole. What is not a tensor is left out.
+
+    Raises:
+        WeightsError: it is not such a file.
+    """
+    try:
+        zipped = _is_zip(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
+        with torch.serialization.safe_globals([(type("Foreign", (Foreign,), {}), name) for name in foreign]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise WeightsError(f"{path} cannot be read as a checkpoint without executing it ({reason}).") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds no tensors by name but a {type(content).__name__}.")
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors.")
+    return tensors
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors has its own kind
+        raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
