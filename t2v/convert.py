@@ -138,17 +138,18 @@ def _original(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str], 
     if missing:
         raise WeightsError(f"{source} lacks: {', '.join(missing)}.")
 
-    state = read_pickle(paths["unet"])
-    levels, blocks = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
-    attention = [kind.startswith("CrossAttn") for kind in unet_config["down_block_types"]]
-    _write(out, "unet", unet_config, state, unet_table(levels, blocks, attention), paths["unet"], dtype, log)
-
     state = _under(read_pickle(paths["vae"]), "first_stage_model.")
     if "encoder.conv_in.weight" not in state:
         raise WeightsError(f"{paths['vae']} holds no autoencoder: no first_stage_model.encoder.conv_in.weight.")
     vae_config = _vae_config(state)
     table = vae_table(len(vae_config["block_out_channels"]), vae_config["layers_per_block"])
     _write(out, "vae", vae_config, state, table, paths["vae"], dtype, log)
+
+    unet_config["sample_size"] = NATIVE_SIZE // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    state = read_pickle(paths["unet"])
+    levels, blocks = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
+    attention = [kind.startswith("CrossAttn") for kind in unet_config["down_block_types"]]
+    _write(out, "unet", unet_config, state, unet_table(levels, blocks, attention), paths["unet"], dtype, log)
 
     state = read_pickle(paths["text_encoder"])
     if "token_embedding.weight" not in state:
@@ -285,7 +286,6 @@ def _unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     attention = [1 / 2**level in scales for level in range(len(multipliers))]
     return {
         "_class_name": "UNet3DConditionModel",
-        "sample_size": NATIVE_SIZE // 8,
         "in_channels": model["unet_in_dim"],
         "out_channels": model["unet_out_dim"],
         "block_out_channels": [model["unet_dim"] * m for m in multipliers],
@@ -460,8 +460,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(type("Foreign", (Foreign,), {}), name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise WeightsError(f"{path} cannot be read as a checkpoint without executing it ({reason}).") from error
+        blocked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
+        reason = f"the file wants code to run: {blocked}" if blocked else str(error).split("\n", 1)[0]
+        raise WeightsError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
