@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2v import weights
 from t2v.errors import WeightsError
-from t2v.networks import BUILD
+from t2v.networks import empty
 
 Table = dict[str, str | tuple[str, ...]]
 
@@ -417,15 +416,11 @@ def _squeezed(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 def _shapes(network: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The parameters a config asks for, by the names both versions of transformers read."""
-    with init_empty_weights():
-        try:
-            module: nn.Module = BUILD[network](config)
-        except WeightsError:
-            raise
-        except Exception as error:  # the libraries have their own kinds
-            raise WeightsError(f"{network}/config.json describes no network: {error}") from error
     prefix = "text_model." if network == "text_encoder" else ""
-    return {prefix + key.removeprefix(prefix): tuple(value.shape) for key, value in module.state_dict().items()}
+    return {
+        prefix + key.removeprefix(prefix): tuple(value.shape)
+        for key, value in empty(network, config).state_dict().items()
+    }
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.graph import Graphs
-from t2v.networks import BUILD
+from t2v.networks import empty
 from t2v.request import Request
 from t2v.sampler import Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
@@ -77,10 +76,9 @@ class Engine:
         configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}
         networks: dict[str, Any] = {}
         wrong = []
-        for network, build in BUILD.items():
+        for network, config in configs.items():
             try:
-                with init_empty_weights():
-                    networks[network] = build(configs[network])
+                networks[network] = empty(network, config)
                 weights.load(networks[network], folder, network, where, precision)
                 fold(networks[network])
             except WeightsError as error:

@@ -21,7 +21,7 @@ ALLOWED = {
     "sampler": {"errors"},
     "graph": set(),
     "weights": {"errors"},
-    "networks": {"text", "unet3d", "vae"},
+    "networks": {"errors", "text", "unet3d", "vae"},
     "convert": {"errors", "networks", "weights"},
     "engine": {"errors", "request", "text", "unet3d", "vae", "sampler", "upsample", "graph", "networks", "weights"},
 }
