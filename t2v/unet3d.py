@@ -266,10 +266,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, signals: Signals) -> Tensor:
         """(b, F, h, w, c_in) -> (b, F, h, w, c_out)."""
-        h = conv2d(self.conv1, F.silu(frame_norm(self.norm1, x)))
-        h = h + signals[self][:, None, None, None, :]
-        h = conv2d(self.conv2, F.silu(frame_norm(self.norm2, h)))
-        return h + (x if self.conv_shortcut is None else conv2d(self.conv_shortcut, x))
+        images = frames(x)
+        h = self.conv1(F.silu(self.norm1(images)))
+        term = signals[self].repeat_interleave(x.shape[1], dim=0) if len(signals[self]) > 1 else signals[self]
+        h = self.conv2(F.silu(self.norm2(h + term[:, :, None, None])))
+        h = h + (images if self.conv_shortcut is None else self.conv_shortcut(images))
+        return unframes(h, x.shape[0])
 
 
 class TemporalConvs(nn.Module):
@@ -284,11 +286,11 @@ class TemporalConvs(nn.Module):
         self.conv4 = nn.ModuleDict({"0": nn.GroupNorm(groups, c), "3": TemporalConv(c)})
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
+        image = h = x.flatten(2, 3).permute(0, 3, 1, 2)  # (b, c, F, h*w), channels last
         for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
             norm, conv = stage.values()
-            h = conv(F.silu(video_norm(norm, h)))
-        return x + h
+            h = conv(F.silu(norm(h)))
+        return (image + h).permute(0, 2, 3, 1).contiguous().view(x.shape)
 
 
 class TemporalConv(nn.Module):
@@ -305,10 +307,9 @@ class TemporalConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.uniform_(self.bias, -1 / math.sqrt(3 * c), 1 / math.sqrt(3 * c))
 
-    def forward(self, x: Tensor) -> Tensor:
-        image = x.flatten(2, 3).permute(0, 3, 1, 2)  # (b, c, F, h*w)
-        y = F.conv2d(image, self.weight[..., 0], self.bias, padding=(1, 0))
-        return y.permute(0, 2, 3, 1).contiguous().view(x.shape)
+    def forward(self, image: Tensor) -> Tensor:
+        """(b, c, F, pixels) -> same."""
+        return F.conv2d(image, self.weight[..., 0], self.bias, padding=(1, 0))
 
 
 class SpatialTransformer(nn.Module):
