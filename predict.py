@@ -29,13 +29,15 @@ DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE."""
+        """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE,
+        T2V_LORA."""
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         try:
             self.engine = Engine.load(
                 os.environ.get("T2V_WEIGHTS") or DEMO,
                 device=os.environ.get("T2V_DEVICE") or "auto",
                 dtype=os.environ.get("T2V_DTYPE") or "auto",
+                lora=os.environ.get("T2V_LORA"),
             )
             self.engine.warm_up()
         except Exception:

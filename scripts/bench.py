@@ -313,9 +313,9 @@ def main() -> None:
         if args.device.startswith("cuda"):
             print(torch.cuda.max_memory_allocated() / 2**30)
         else:
-            import resource
-
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            # Not getrusage: its maximum outlives exec(), and would be that of the process that started this one.
+            status = Path("/proc/self/status").read_text()
+            print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
         return
 
     half = settled(args.dtype, args.device) != "float32"

@@ -10,7 +10,6 @@ another server than huggingface.co, HF_TOKEN a token.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -125,13 +124,13 @@ def main() -> None:
         prog="scripts/download_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, help="default: weights/MODEL")
-    parser.add_argument("--model", default="ms-1.7b", choices=models)
+    parser.add_argument("--model", default="ms-1.7b", help=f"{', '.join(models)}, or a manifest file of your own")
     parser.add_argument("--from", dest="source", metavar="DIR", type=Path, help="copy from this folder")
     args = parser.parse_args()
-    folder = args.folder or ROOT / "weights" / args.model
-    manifest = json.loads((MANIFESTS / f"{args.model}.json").read_text())
+    path = MANIFESTS / f"{args.model}.json" if args.model in models else Path(args.model)
+    folder = args.folder or ROOT / "weights" / path.stem
     try:
-        download(manifest, folder.resolve(), args.source)
+        download(weights.read_json(path), folder.resolve(), args.source)
     except (T2VError, OSError) as error:
         sys.exit(str(error))
     if args.model == "original":

@@ -36,6 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_world as world
+from t2v import weights
 from t2v.sampler import Schedule
 from t2v.text import END, LENGTH, PAD, START, Text, load_tokenizer
 from t2v.unet3d import UNet3D, UNet3DConfig
@@ -472,6 +473,7 @@ def export(args: argparse.Namespace, text: Text, vae: AutoencoderKL, scale: floa
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    weights.write_manifest(out, "git checkout -- weights/demo")
     size = sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6
     print(f"wrote {out}: {size:.1f} MB of weights")
 

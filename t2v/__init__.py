@@ -8,6 +8,10 @@ vae        latents -> uint8 frames, in chunks
 video      uint8 frames -> file, verified
 upsample   twice the size, then a convolution; the denoiser and the autoencoder have it
 graph      a function of tensors as CUDA graphs
+networks   from a config to an empty network
+lora       low-rank adaptations and few-step models, merged into the denoiser
+convert    other people's weights -> a model's folder
+pickles    their files, read without executing anything
 weights    finds and loads a model's folder
 engine     ties them together: Engine.load(folder).generate(request) -> frames
 errors     what can go wrong, in sentences for the caller

@@ -7,14 +7,10 @@ For the original, a table says where each tensor goes. A prefix of a name stands
 prefix covers is an error unless `DROPPED` names it, and so is a parameter of the network that nothing fills. Values
 change in two places only: layers that are convolutions of kernel size 1 there and linear here lose the trailing ones of
 their shape, and the stacked query, key and value weights of the text encoder come apart.
-
-Pickles are never executed: torch's restricted reader takes tensors and plain containers, and every other class a file
-names becomes an inert `Foreign`.
 """
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from t2v import weights
+from t2v import pickles, weights
 from t2v.errors import WeightsError
 from t2v.networks import empty
 
@@ -137,7 +133,7 @@ def _original(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str], 
     if missing:
         raise WeightsError(f"{source} lacks: {', '.join(missing)}.")
 
-    state = _under(read_pickle(paths["vae"]), "first_stage_model.")
+    state = _under(pickles.tensors(paths["vae"]), "first_stage_model.")
     if "encoder.conv_in.weight" not in state:
         raise WeightsError(f"{paths['vae']} holds no autoencoder: no first_stage_model.encoder.conv_in.weight.")
     vae_config = _vae_config(state)
@@ -145,12 +141,12 @@ def _original(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str], 
     _write(out, "vae", vae_config, state, table, paths["vae"], dtype, log)
 
     unet_config["sample_size"] = NATIVE_SIZE // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    state = read_pickle(paths["unet"])
+    state = pickles.tensors(paths["unet"])
     levels, blocks = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
     attention = [kind.startswith("CrossAttn") for kind in unet_config["down_block_types"]]
     _write(out, "unet", unet_config, state, unet_table(levels, blocks, attention), paths["unet"], dtype, log)
 
-    state = read_pickle(paths["text_encoder"])
+    state = pickles.tensors(paths["text_encoder"])
     if "token_embedding.weight" not in state:
         raise WeightsError(f"{paths['text_encoder']} holds no text encoder: no token_embedding.weight.")
     layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("transformer.resblocks.")), default=0)
@@ -172,7 +168,7 @@ def _diffusers(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str],
         raise WeightsError(f"{source} is neither ModelScope's folder nor diffusers': it lacks {', '.join(missing)}.")
     for network, path in files.items():
         assert path is not None
-        state = read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
+        state = pickles.tensors(path) if path.suffix == ".bin" else _read_safetensors(path)
         config = weights.read_json(source / network / "config.json")
         kept = {key: value for key, value in state.items() if not key.endswith(".position_ids")}
         expected = {weights.common_name(key): key for key in _shapes(network, config)}
@@ -275,6 +271,17 @@ def text_table(layers: int) -> Table:
     return table
 
 
+def renamed(key: str, table: Table) -> tuple[str, ...]:
+    """Where a tensor goes, by the longest prefix of its name that the table has; () if none."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        found = table.get(".".join(parts[:n]))
+        if found is not None:
+            rest = "".join("." + part for part in parts[n:])
+            return (found + rest,) if isinstance(found, str) else tuple(name + rest for name in found)
+    return ()
+
+
 def _unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' config of the denoiser that configuration.json's model_cfg describes."""
     if str(model["temporal_attention"]) != "True" or model["unet_num_heads"] != TRANSFORMER_IN_HEADS:
@@ -359,7 +366,7 @@ def _write(
     sources: dict[str, Callable[[], Tensor]] = {}
     wrong: list[str] = []
     for key in state:
-        targets = _targets(key, table)
+        targets = renamed(key, table)
         if not targets:
             if not _covered(key, DROPPED[network] + unused):
                 wrong.append(f"{key} is unknown")
@@ -394,17 +401,6 @@ def _write(
     log(f"{network}: {len(shapes)} tensors, {count:,} parameters, from {source.name}")
 
 
-def _targets(key: str, table: Table) -> tuple[str, ...]:
-    """Where a tensor goes, by the longest prefix of its name that the table has; () if none."""
-    parts = key.split(".")
-    for n in range(len(parts), 0, -1):
-        found = table.get(".".join(parts[:n]))
-        if found is not None:
-            rest = "".join("." + part for part in parts[n:])
-            return (found + rest,) if isinstance(found, str) else tuple(name + rest for name in found)
-    return ()
-
-
 def _covered(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
@@ -426,51 +422,6 @@ def _shapes(network: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What follows the prefix in the names that contain it; the rest of such a file belongs to other models."""
     return {key.split(prefix, 1)[1]: value for key, value in state.items() if prefix in key}
-
-
-class Foreign:
-    """Stands for whatever class a pickle names that is no tensor: takes everything, does nothing."""
-
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `torch.save` file by name, mapped from the disk, on the CPU; nothing in the file is executed.
-
-    A dictionary under the name "state_dict" is taken for the whole. What is not a tensor is left out.
-
-    Raises:
-        WeightsError: it is not such a file.
-    """
-    try:
-        zipped = _is_zip(path)
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
-        with torch.serialization.safe_globals([(type("Foreign", (Foreign,), {}), name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        blocked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
-        reason = f"the file wants code to run: {blocked}" if blocked else str(error).split("\n", 1)[0]
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds no tensors by name but a {type(content).__name__}.")
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise WeightsError(f"{path} holds no tensors.")
-    return tensors
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

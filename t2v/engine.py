@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,34 @@ from torch import Tensor
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.graph import Graphs
+from t2v.lora import Merged, parse, read
 from t2v.networks import empty
 from t2v.request import Request
-from t2v.sampler import Schedule, Solver, denoise, guided, update
+from t2v.sampler import FewStep, Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
 from t2v.unet3d import UNet3D
 from t2v.upsample import fold
 from t2v.vae import VAE
 
 Progress = Callable[[str, int, int], None]
+
+FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is sampled.
+
+    Attributes:
+        guidance_scale: of the two rows; 1 is one row.
+        embedded: guidance scale that the network takes as an input; None if it takes none.
+    """
+
+    preset: str
+    solver: Solver
+    steps: int
+    guidance_scale: float
+    embedded: float | None = None
 
 
 class Engine:
@@ -32,6 +52,8 @@ class Engine:
         name: of the model, for logs and files.
         about: what the model can show, one sentence; empty where its index does not say.
         guidance_scale: for requests that leave it to the model.
+        solver: for requests that are not sampled in few steps.
+        merged: the adaptation in the denoiser's weights, if there is one.
     """
 
     def __init__(
@@ -45,6 +67,7 @@ class Engine:
         about: str = "",
         guidance_scale: float = 9.0,
         solver: Solver = "dpm++",
+        merged: Merged | None = None,
     ):
         self.text = text
         self.unet = unet
@@ -55,16 +78,25 @@ class Engine:
         self.about = about
         self.guidance_scale = guidance_scale
         self.solver: Solver = solver
+        self.merged = merged
         self.step = Graphs(self._step) if text.encoder.device.type == "cuda" else self._step
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto", verify: bool = False) -> "Engine":
+    def load(
+        cls,
+        folder: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        verify: bool = False,
+        lora: str | None = None,
+    ) -> "Engine":
         """Load a model from a folder in diffusers' layout.
 
         Args:
             device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
             verify: read every file again to compare it with the manifest, whatever was found before.
+            lora: "path[:scale]" of an adaptation to merge into the denoiser; see `t2v.lora` for the formats.
 
         Raises:
             WeightsError: the folder is not a whole model of this family, or the device or dtype does not exist.
@@ -93,6 +125,10 @@ class Engine:
             or unet.config.cross_attention_dim != text.encoder.config.hidden_size
         ):
             raise WeightsError(f"{folder}: the networks do not belong together; their widths differ.")
+        merged = None
+        if lora:
+            path, factor = parse(lora)
+            merged = Merged(unet, read(path, unet), factor)
         return cls(
             text,
             unet,
@@ -102,6 +138,7 @@ class Engine:
             name=index.get("_t2v_name", folder.resolve().name),
             about=index.get("_t2v_about", ""),
             guidance_scale=index.get("_t2v_guidance_scale", 9.0),
+            merged=merged,
         )
 
     def generate(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Iterator[np.ndarray]:
@@ -125,32 +162,35 @@ class Engine:
     @torch.inference_mode()
     def denoised(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Tensor:
         """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding."""
-        steps = self.schedule.steps(self.solver, request.num_inference_steps)
-        noise = self.noise(request)
-        scale = self.guidance(request)
+        sampling = self.sampling(request)
+        self._adapt(sampling)
+        steps = self.schedule.steps(sampling.solver, sampling.steps)
+        draws = self.draws(request)
+        noise = next(draws)
         condition = self.unet.condition(self.text.encode([request.prompt]))
-        if scale != 1:
+        if sampling.guidance_scale != 1:
             condition = torch.cat([self._unconditional, condition])
         progress("text", 1, 1)
         # What the steps differ in, on the device before the first one: inside the loop the host waits for nothing.
-        moments = self.unet.moments(torch.tensor([step.t for step in steps], device=noise.device))
+        moments = self.unet.moments(torch.tensor([step.t for step in steps], device=noise.device), sampling.embedded)
         coefficients = torch.tensor([step.coefficients for step in steps], dtype=torch.float64, device=noise.device)
-        guidance = torch.tensor(scale, device=noise.device)
+        guidance = torch.tensor(sampling.guidance_scale, device=noise.device)
 
         def advance(i: int, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-            x, x_0 = self.step(x, previous, moments[i : i + 1], condition, guidance, coefficients[i])
+            other = next(draws) if steps[i].fresh else previous
+            x, x_0 = self.step(x, other, moments[i : i + 1], condition, guidance, coefficients[i])
             return x, x_0
 
         return denoise(advance, noise, len(steps), lambda done, total: progress("denoise", done, total))
 
     def _step(
-        self, x: Tensor, previous: Tensor, moment: Tensor, condition: Tensor, guidance: Tensor, coefficients: Tensor
+        self, x: Tensor, other: Tensor, moment: Tensor, condition: Tensor, guidance: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, ...]:
         """One denoising step, of tensors alone: network, guidance, update. In float32 around the network."""
         prediction = self.unet.run(x.to(moment.dtype), moment, condition).float()
         if len(condition) == 2:
             prediction = guided(prediction, guidance)
-        return update(x, previous, prediction, coefficients)
+        return update(x, other, prediction, coefficients)
 
     def warm_up(self) -> None:
         """Pay now what the first request would pay: libraries, algorithms and, on CUDA, the recording of the default
@@ -160,11 +200,19 @@ class Engine:
             pass
 
     def noise(self, request: Request) -> Tensor:
-        """(1, channels, F, h, w) float32 unit normal, drawn on the CPU: one seed, one noise, on every device."""
+        """(1, channels, F, h, w) float32: what denoising starts from."""
+        return next(self.draws(request))
+
+    def draws(self, request: Request) -> Iterator[Tensor]:
+        """Unit normal noise without end, each (1, channels, F, h, w) float32: first what denoising starts from.
+
+        Drawn on the CPU: one seed, one noise, on every device.
+        """
         height, width = self.size(request)
         shape = (1, self.vae.channels, request.num_frames, height // self.vae.factor, width // self.vae.factor)
         generator = torch.Generator().manual_seed(int(request.seed or 0))
-        return torch.randn(shape, generator=generator).to(self.text.encoder.device)
+        while True:
+            yield torch.randn(shape, generator=generator).to(self.text.encoder.device)
 
     def size(self, request: Request) -> tuple[int, int]:
         """(height, width) in pixels of the video the request asks for."""
@@ -173,9 +221,33 @@ class Engine:
             raise InvalidRequest(f"width and height must be multiples of {self.vae.factor}, not {width}x{height}.")
         return height, width
 
-    def guidance(self, request: Request) -> float:
-        """Guidance scale of a request."""
-        return self.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    def sampling(self, request: Request) -> Sampling:
+        """How a request is sampled.
+
+        Raises:
+            InvalidRequest: it asks for what the installed model cannot do.
+        """
+        few = self.merged.lora.few_step if self.merged else None
+        preset = request.preset or ("turbo" if few else "quality")
+        n = request.num_inference_steps
+        if preset != "turbo":
+            scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
+            return Sampling(preset, self.solver, min(n, FAST_STEPS) if preset == "fast" else n, scale)
+        if few is None:
+            raise InvalidRequest(
+                "preset turbo needs a few-step LoRA, and none is installed: start with T2V_LORA=path, or ask for fast."
+            )
+        default, greatest = few.steps
+        n = n if n <= greatest else default
+        if few.guidance is None:
+            if request.guidance_scale not in (None, 1):
+                raise InvalidRequest(f"preset turbo takes no guidance_scale with {few.name}; leave it out.")
+            return Sampling(preset, few, n, 1.0)
+        low, usual, high = few.guidance
+        embedded = usual if request.guidance_scale is None else request.guidance_scale
+        if not low <= embedded <= high:
+            raise InvalidRequest(f"guidance_scale must be {low} to {high} with preset turbo ({few.name}).")
+        return Sampling(preset, few, n, 1.0, embedded)
 
     def describe(self) -> str:
         """The model's name and what it can show, one line."""
@@ -184,8 +256,21 @@ class Engine:
     def metadata(self, request: Request) -> dict[str, Any]:
         """What a file made from the request should say about itself, as JSON values."""
         height, width = self.size(request)
-        settled = {"width": width, "height": height, "guidance_scale": self.guidance(request), "model": self.name}
+        sampling = self.sampling(request)
+        settled: dict[str, Any] = {"width": width, "height": height, "model": self.name, "preset": sampling.preset}
+        settled["num_inference_steps"] = sampling.steps
+        settled["guidance_scale"] = sampling.embedded or sampling.guidance_scale
+        if self.merged and self.merged.active:
+            settled["lora"] = f"{self.merged.lora.name}:{self.merged.scale:g}"
         return dataclasses.asdict(request) | settled
+
+    def _adapt(self, sampling: Sampling) -> None:
+        """Merge a few-step adaptation for the requests that are sampled so, and take it out for the others."""
+        if self.merged and self.merged.lora.few_step:
+            wanted = isinstance(sampling.solver, FewStep)
+            if wanted != self.merged.active:
+                self.merged.merge() if wanted else self.merged.undo()
+                self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
 
     @functools.cached_property
     def _unconditional(self) -> Tensor:

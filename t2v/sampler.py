@@ -5,6 +5,7 @@ computed once per request; and one step is one expression (`update`), whatever t
 signal share, alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), a noisy sample is x_t = alpha x_0 + sigma eps.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,35 @@ from torch import Tensor
 
 from t2v.errors import WeightsError
 
-Solver = Literal["dpm++", "ddim"]
+# Timesteps the few-step models were distilled on.
+DISTILLED_STEPS = 50
+SIGMA_DATA = 0.5  # of the consistency models' boundary condition
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """How a model distilled to few steps is sampled (latent consistency; Luo et al., arXiv 2310.04378).
+
+    Attributes:
+        name: of the model.
+        timestep_scaling: of the boundary condition.
+        strided: whether n steps are the first n of every (50 // n)-th timestep, or are spread evenly over all.
+        guidance: (least, default, greatest) scale that its network takes as an input; None if it takes none. Either
+            way one row is computed: guidance was distilled in.
+        steps: (default, greatest) number of steps.
+    """
+
+    name: str
+    timestep_scaling: float
+    strided: bool
+    guidance: tuple[float, float, float] | None
+    steps: tuple[int, int] = (4, 8)
+
+
+TURBO = FewStep("T2V-Turbo-MS", timestep_scaling=10, strided=True, guidance=(2, 7.5, 14))
+MCM = FewStep("MCM", timestep_scaling=4, strided=False, guidance=None)
+
+Solver = Literal["dpm++", "ddim"] | FewStep
 # (index of the step, x_t, x_0 of the step before) -> (x at the next timestep, x_0)
 Advance = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -75,6 +104,8 @@ class Schedule:
         """The n updates from pure noise to a clean sample, in the order they are made. 1 <= n <= T."""
         if not 1 <= n <= len(self.alpha_bar):
             raise ValueError(f"{n} steps: a schedule of {len(self.alpha_bar)} timesteps allows 1 to that many")
+        if isinstance(solver, FewStep):
+            return self._consistency(solver, n)
         return {"dpm++": self._dpm_solver_2m, "ddim": self._ddim}[solver](n)
 
     def _ddim(self, n: int) -> list["Step"]:
@@ -130,14 +161,34 @@ class Schedule:
                 r = (lam[i] - lam[i - 1]) / h if h else math.inf
                 before = -weight / (2 * r)
             ratio = sigma[i + 1] / sigma[i]
-            steps.append(self._step(t, alpha[i], sigma[i], ratio, from_x_0=weight - before, from_previous=before))
+            steps.append(self._step(t, alpha[i], sigma[i], ratio, from_x_0=weight - before, from_other=before))
+        return steps
+
+    def _consistency(self, model: FewStep, n: int) -> list["Step"]:
+        """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): to x_0, then back to the next noise level."""
+        if n > DISTILLED_STEPS:
+            raise ValueError(f"{n} steps: {model.name} allows at most {DISTILLED_STEPS}")
+        stride = len(self.alpha_bar) // DISTILLED_STEPS
+        grid = [stride * (i + 1) - 1 for i in reversed(range(DISTILLED_STEPS))]
+        spread = [grid[i * DISTILLED_STEPS // n] for i in range(n)]
+        ts = grid[:: DISTILLED_STEPS // n][:n] if model.strided else spread
+        steps = []
+        for t, t_next in zip(ts, [*ts[1:], None]):
+            ab = float(self.alpha_bar[t])
+            ab_next = 1.0 if t_next is None else float(self.alpha_bar[t_next])
+            scaled = t * model.timestep_scaling
+            skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+            out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
+            alpha_next, sigma_next = math.sqrt(ab_next), math.sqrt(1 - ab_next)
+            step = self._step(t, math.sqrt(ab), math.sqrt(1 - ab), alpha_next * skip, alpha_next * out, sigma_next)
+            steps.append(dataclasses.replace(step, fresh=True))
         return steps
 
     def _step(
-        self, t: int, alpha: float, sigma: float, from_x: float, from_x_0: float, from_previous: float = 0.0
+        self, t: int, alpha: float, sigma: float, from_x: float, from_x_0: float, from_other: float = 0.0
     ) -> "Step":
         to_x_0 = (1 / alpha, -sigma / alpha) if self.prediction_type == "epsilon" else (alpha, -sigma)
-        return Step(t, (*to_x_0, from_x, from_x_0, from_previous))
+        return Step(t, (*to_x_0, from_x, from_x_0, from_other))
 
 
 @dataclass(frozen=True)
@@ -147,20 +198,22 @@ class Step:
     Attributes:
         t: diffusion timestep the network is asked at.
         coefficients: what `update` multiplies with.
+        fresh: whether the last of them is for new unit noise instead of the x_0 of the step before.
     """
 
     t: int
     coefficients: tuple[float, float, float, float, float]
+    fresh: bool = False
 
 
 def update(
-    x: Tensor, previous: Tensor, prediction: Tensor, coefficients: Sequence[float] | Tensor
+    x: Tensor, other: Tensor, prediction: Tensor, coefficients: Sequence[float] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of a trajectory.
 
     Args:
         x: x_t, float32 (or float64), any shape.
-        previous: x_0 of the step before; anything finite in the first step.
+        other: x_0 of the step before, anything finite in the first step; for a step that is `fresh`, new noise.
         prediction: the network's, shape of x.
         coefficients: of a `Step`; plain numbers, or a (5,) tensor on the device of x.
 
@@ -168,7 +221,7 @@ def update(
         x at the next timestep and x_0, both of shape and dtype of x.
     """
     x_0 = coefficients[0] * x + coefficients[1] * prediction
-    return coefficients[2] * x + coefficients[3] * x_0 + coefficients[4] * previous, x_0
+    return coefficients[2] * x + coefficients[3] * x_0 + coefficients[4] * other, x_0
 
 
 def denoise(

@@ -38,6 +38,9 @@ Signals = dict[nn.Module, Any]
 # The first temporal transformer always has 8 heads, whatever its width; the original hard-codes it.
 TRANSFORMER_IN_HEADS = 8
 
+# Sinusoids of the guidance scale, for the few-step models that take it as an input.
+GUIDANCE_EMBEDDING = 256
+
 
 @dataclass(frozen=True)
 class UNet3DConfig:
@@ -98,7 +101,7 @@ class UNet3D(nn.Module):
         widths = config.block_out_channels
         temb = 4 * widths[0]
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.in_channels, widths[0], 3)
         self.time_embedding = TimestepEmbedding(widths[0], temb)
         self.transformer_in = TemporalTransformer(
             widths[0], TRANSFORMER_IN_HEADS, config.attention_head_dim, config.norm_num_groups
@@ -130,7 +133,7 @@ class UNet3D(nn.Module):
             )
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv(widths[0], config.out_channels, 3)
 
         # Who reads the timestep, who the text, in the order of `moments` and `condition`. Tuples, not submodules.
         self.timed = tuple(m for m in self.modules() if isinstance(m, ResBlock))
@@ -150,9 +153,13 @@ class UNet3D(nn.Module):
         t = torch.as_tensor(t, device=latents.device).reshape(-1)
         return self.run(latents, self.moments(t), self.condition(context))
 
-    def moments(self, t: Tensor) -> Tensor:
-        """What the network reads from timesteps (n,): (n, d), the terms of all residual blocks side by side."""
-        temb = F.silu(self.time_embedding(t))
+    def moments(self, t: Tensor, guidance: float | None = None) -> Tensor:
+        """What the network reads from timesteps (n,): (n, d), the terms of all residual blocks side by side.
+
+        Args:
+            guidance: scale, for a network that takes it as an input (see `TimestepEmbedding.add_guidance`).
+        """
+        temb = F.silu(self.time_embedding(t, guidance))
         return torch.cat([block.time_emb_proj(temb) for block in self.timed], dim=-1)
 
     def condition(self, context: Tensor) -> Tensor:
@@ -252,17 +259,28 @@ class MidBlock(nn.Module):
         return self.temp_convs[1](self.resnets[1](x, signals))
 
 
+class Conv(nn.Conv2d):
+    """3x3 or 1x1 convolution that keeps the size of the map."""
+
+    def __init__(self, c_in: int, c_out: int, kernel_size: int):
+        super().__init__(c_in, c_out, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c_in, h, w) -> (n, c_out, h, w), channels last."""
+        return convolve(x, self.weight, self.bias)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions on each frame, the timestep added between them."""
 
     def __init__(self, c_in: int, c_out: int, temb: int, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv(c_in, c_out, 3)
         self.time_emb_proj = nn.Linear(temb, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv2 = Conv(c_out, c_out, 3)
+        self.conv_shortcut = Conv(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, signals: Signals) -> Tensor:
         """(b, F, h, w, c_in) -> (b, F, h, w, c_out)."""
@@ -309,7 +327,7 @@ class TemporalConv(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(b, c, F, pixels) -> same."""
-        return F.conv2d(image, self.weight[..., 0], self.bias, padding=(1, 0))
+        return convolve(image, self.weight[..., 0], self.bias)
 
 
 class SpatialTransformer(nn.Module):
@@ -447,13 +465,26 @@ class TimestepEmbedding(nn.Module):
         self.c = c
         self.linear_1 = nn.Linear(c, c_out)
         self.linear_2 = nn.Linear(c_out, c_out)
+        self.cond_proj: nn.Linear | None = None
 
-    def forward(self, t: Tensor) -> Tensor:
+    def add_guidance(self) -> None:
+        """Take the guidance scale as an input (Meng et al., arXiv 2210.03142), by a projection that starts as zero."""
+        weight = self.linear_1.weight
+        self.cond_proj = nn.Linear(GUIDANCE_EMBEDDING, self.c, bias=False, device=weight.device, dtype=weight.dtype)
+        self.cond_proj.requires_grad_(False).weight.zero_()
+
+    def forward(self, t: Tensor, guidance: float | None = None) -> Tensor:
         """t (n,) -> (n, c_out)."""
         half = self.c // 2
         rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None].float() * rates
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        if self.cond_proj is not None:
+            assert guidance is not None, "this network takes the guidance scale as an input"
+            half = GUIDANCE_EMBEDDING // 2
+            rates = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / (half - 1))
+            angles = 1000 * guidance * rates
+            waves = waves + self.cond_proj(torch.cat([angles.sin(), angles.cos()]).to(waves.dtype))
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
@@ -470,6 +501,22 @@ def unframes(y: Tensor, b: int) -> Tensor:
 def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a 2D convolution to every frame of (b, F, h, w, c)."""
     return unframes(conv(frames(x)), x.shape[0])
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution that keeps the size of the map, everything channels last.
+
+    For maps of no more pixels than output channels the CPU's library spends more time on rearranging the weights than
+    on the convolution; there it is one matrix product with the patches, which takes the weights as they are.
+    """
+    n, _, h, w = x.shape
+    c_out, _, height, width = weight.shape
+    if x.device.type != "cpu" or n * h * w > c_out:
+        return F.conv2d(x, weight, bias, padding=(height // 2, width // 2))
+    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, width // 2, width // 2, height // 2, height // 2))
+    patches = rows.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3).reshape(n * h * w, -1)
+    y = F.linear(patches, weight.permute(0, 2, 3, 1).reshape(c_out, -1), bias)
+    return y.view(n, h, w, c_out).permute(0, 3, 1, 2)
 
 
 def frame_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -45,4 +45,8 @@ def fold(network: nn.Module) -> None:
             exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
             meet = torch.tensor(MEET, dtype=exact.dtype, device=exact.device)
             kernel = torch.einsum("pa,qb,oiab->iopq", meet, meet, exact)
-            module.kernel = kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+            kernel = kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+            if module.kernel is None:
+                module.kernel = kernel
+            else:
+                module.kernel.copy_(kernel)  # recorded graphs read this tensor

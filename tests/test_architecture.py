@@ -22,8 +22,10 @@ ALLOWED = {
     "graph": set(),
     "weights": {"errors"},
     "networks": {"errors", "text", "unet3d", "vae"},
-    "convert": {"errors", "networks", "weights"},
-    "engine": {"errors", "request", "text", "unet3d", "vae", "sampler", "upsample", "graph", "networks", "weights"},
+    "pickles": {"errors"},
+    "convert": {"errors", "networks", "pickles", "weights"},
+    "lora": {"errors", "convert", "pickles", "sampler", "unet3d", "upsample", "weights"},
+    "engine": set(PACKAGE) - {"video", "convert", "pickles", "engine"},
 }
 
 

@@ -5,11 +5,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from conftest import MS_SCHEDULER
 from t2v.errors import WeightsError
-from t2v.sampler import Schedule, Step, denoise, guided, update
+from t2v.sampler import MCM, TURBO, Schedule, Step, denoise, guided, update
 
 STEPS = (1, 2, 4, 20, 25, 30, 50, 1000)
 TOLERANCE = 1e-5  # relative, at every step; measured at most 7e-6
@@ -94,6 +94,38 @@ def test_trajectory_equals_the_reference(solver, kind, name: str, n: int):
         ours, expected = ours[:500], expected[:500]
     for x_ours, x_reference in zip(ours, expected):
         assert float((x_ours - x_reference).norm() / x_reference.norm()) < TOLERANCE
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 50])
+def test_few_steps_equal_the_reference(n: int):
+    """diffusers' LCMScheduler, with the noise it draws."""
+    schedule = Schedule.from_config(MS_SCHEDULER)
+    network = denoiser(schedule)
+    x = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scheduler = LCMScheduler.from_config(
+        MS_SCHEDULER, timestep_scaling=MCM.timestep_scaling, original_inference_steps=50
+    )
+    scheduler.set_timesteps(n)
+    expected, generator = x, torch.Generator().manual_seed(1)
+    for t in scheduler.timesteps:
+        expected = scheduler.step(network(expected, int(t)), t, expected, generator).prev_sample
+    steps = schedule.steps(MCM, n)
+    assert [step.t for step in steps] == scheduler.timesteps.tolist()
+    ours, generator = x, torch.Generator().manual_seed(1)
+    for step in steps:
+        assert step.fresh
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        ours, _ = update(ours, noise, network(ours, step.t), step.coefficients)
+    assert float((ours - expected).norm() / expected.norm()) < TOLERANCE
+
+
+def test_timesteps_of_the_few_step_models():
+    schedule = Schedule.from_config(MS_SCHEDULER)
+    assert [s.t for s in schedule.steps(MCM, 4)] == [999, 759, 499, 259]
+    assert [s.t for s in schedule.steps(TURBO, 4)] == [999, 759, 519, 279]
+    assert [s.t for s in schedule.steps(TURBO, 8)] == [999, 879, 759, 639, 519, 399, 279, 159]
+    with pytest.raises(ValueError, match="at most 50"):
+        schedule.steps(TURBO, 51)
 
 
 def test_timesteps_of_the_original():

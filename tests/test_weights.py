@@ -1,12 +1,14 @@
 """A folder is a whole model of this family, or the error says what is wrong with it."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from t2v import weights
 from t2v.engine import Engine
 from t2v.errors import WeightsError
 
@@ -131,3 +133,15 @@ def test_config_that_describes_no_network(broken_copy: Path, network: str):
     keys = {"vae": "block_out_channels", "text_encoder": "hidden_size", "unet": "block_out_channels"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {keys[network]: "many"}))
     assert f"{network}/config.json" in load_error(broken_copy)
+
+
+def test_header_of_what_is_written(tmp_path: Path):
+    state = {"b": torch.randn(3, 5), "a": torch.arange(4.0), "empty": torch.zeros(0), "scalar": torch.tensor(2.0)}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        path = tmp_path / f"{dtype}.safetensors"
+        weights.save(path, shapes, dtype, lambda name, dtype=dtype: state[name].to(dtype))  # type: ignore[misc]
+        loaded = load_file(path)
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], state[name].to(dtype)) for name in state)
+        assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
