@@ -10,6 +10,7 @@ another server than huggingface.co, HF_TOKEN a token.
 """
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -18,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,7 +30,7 @@ from t2v.errors import T2VError, WeightsError  # noqa: E402
 
 MANIFESTS = ROOT / "weights" / "manifests"
 WORKERS = 4
-TRIES = 3  # of one file at one repository; each goes on where the one before stopped
+DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def download(manifest: dict[str, Any], folder: Path, source: Path | None = None) -> None:
@@ -58,8 +58,10 @@ def download(manifest: dict[str, Any], folder: Path, source: Path | None = None)
         )
     print(f"{len(needed)} of {len(manifest['files'])} files to fetch, {max(missing, 0) / 1e9:.2f} GB", flush=True)
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = {name: pool.submit(fetch, manifest, name, partial, source) for name in needed}
-    wrong = [str(error) for job in jobs.values() if (error := job.exception())]
+        jobs = [pool.submit(fetch, manifest, name, partial, source) for name in needed[:1]]
+        if jobs and not jobs[0].exception():  # one alone first: without a server the others need not wait for theirs
+            jobs += [pool.submit(fetch, manifest, name, partial, source) for name in needed[1:]]
+    wrong = [str(error) for job in jobs if (error := job.exception())]
     if wrong:
         raise WeightsError(f"{weights.some(wrong)}. What was fetched waits in {partial}; run this again to go on.")
     for name in needed:
@@ -79,8 +81,6 @@ def fetch(manifest: dict[str, Any], name: str, partial: Path, source: Path | Non
         try:
             expected = expected | (copy(source, name, path) if source else pull(manifest, name, partial))
         except OSError as error:
-            if isinstance(error, httpx.HTTPError | HfHubHTTPError) or not error.errno:
-                raise
             raise WeightsError(f"{name} could not be written: {error.strerror}") from error
     problems = weights.compare(partial, {name: {"bytes": path.stat().st_size} | expected}, True)
     if problems:
@@ -100,20 +100,17 @@ def pull(manifest: dict[str, Any], name: str, partial: Path) -> dict[str, Any]:
     """Download one file from the first repository that has it; the digest the server states, if any."""
     problem: Exception | None = None
     for repository in manifest["repositories"]:
-        for _ in range(TRIES):
-            try:
-                where = {"repo_id": repository, "filename": name, "revision": manifest["revision"]}
-                hf_hub_download(**where, local_dir=partial)
-                etag = get_hf_file_metadata(hf_hub_url(**where)).etag or ""
-                return {"sha256": etag} if re.fullmatch("[0-9a-f]{64}", etag) else {}
-            except EntryNotFoundError as error:
-                problem = error
+        where = {"repo_id": repository, "filename": name, "revision": manifest["revision"]}
+        try:
+            hf_hub_download(**where, local_dir=partial)  # tries again, and goes on in the middle, by itself
+            etag = get_hf_file_metadata(hf_hub_url(**where)).etag or ""
+            return {"sha256": etag} if re.fullmatch("[0-9a-f]{64}", etag) else {}
+        except Exception as error:  # the Hub's client, and what it stands on, have many kinds
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise
+            problem = error
+            if isinstance(error, LocalEntryNotFoundError):  # no connection; the next repository is on the same server
                 break
-            except (HfHubHTTPError, httpx.HTTPError) as error:
-                problem = error
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if status in (401, 403, 404):
-                    break
     reason = str(problem).strip().split("\n", 1)[0]
     raise WeightsError(f"{name} could not be fetched ({type(problem).__name__}: {reason})") from problem
 

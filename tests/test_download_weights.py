@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,12 +150,18 @@ def test_the_second_repository_is_asked_where_the_first_is_gone(hub: Hub, manife
     assert done.returncode == 0 and (tmp_path / "out" / UNET).is_file(), done.stderr
 
 
-def test_a_cut_transfer_goes_on_where_it_stopped(hub: Hub, manifest: Path, tmp_path: Path):
-    hub.cut = {UNET, "text_encoder/model.safetensors"}
+def test_a_cut_transfer_goes_on_where_it_stopped(hub: Hub, manifest: Path, tmp_path: Path, tiny_folder: Path):
+    """A file of more than the 10 MB in which the Hub's client writes."""
+    hub.folder = Path(shutil.copytree(tiny_folder, tmp_path / "served"))
+    large = hub.folder / "large.safetensors"
+    large.write_bytes(os.urandom(25_000_000))
+    content = json.loads(manifest.read_text())
+    content["files"][large.name] = {"bytes": 25_000_000, "sha256": hashlib.sha256(large.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(content))
+    hub.cut = {large.name}
     done = run(hub, manifest, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert hub.ranges == {UNET, "text_encoder/model.safetensors"}
-    Engine.load(tmp_path / "out", device="cpu", verify=True)
+    assert hub.ranges == {large.name} and (tmp_path / "out" / large.name).read_bytes() == large.read_bytes()
 
 
 def test_a_wrong_byte(hub: Hub, manifest: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """A folder is a whole model of this family, or the error says what is wrong with it."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -133,6 +134,102 @@ def test_config_that_describes_no_network(broken_copy: Path, network: str):
     keys = {"vae": "block_out_channels", "text_encoder": "hidden_size", "unet": "block_out_channels"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {keys[network]: "many"}))
     assert f"{network}/config.json" in load_error(broken_copy)
+
+
+@pytest.fixture
+def manifested(broken_copy: Path) -> Path:
+    weights.write_manifest(broken_copy, "make it again")
+    weights.check(broken_copy)
+    return broken_copy
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle, and neither size nor time of change."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    times = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_every_damaged_file_is_named_with_the_repair(manifested: Path):
+    os.utime(manifested / UNET, ns=(0, 0))
+    flip(manifested / UNET)
+    (manifested / "vae" / "config.json").write_text("{}")
+    (manifested / "tokenizer" / "merges.txt").unlink()
+    message = load_error(manifested)
+    assert f"{UNET} is damaged" in message and "vae/config.json has 2 bytes" in message
+    assert "tokenizer/merges.txt" in message and message.endswith("To repair it: make it again")
+
+
+def test_a_digest_is_computed_once_unless_asked_for(manifested: Path, monkeypatch: pytest.MonkeyPatch):
+    computed: list[Path] = []
+    digest = weights.digest
+    monkeypatch.setattr(weights, "digest", lambda path: computed.append(path) or digest(path))
+    weights.check(manifested)
+    assert not computed
+    os.utime(manifested / UNET)
+    weights.check(manifested)
+    assert computed == [manifested / UNET]
+    flip(manifested / UNET)
+    weights.check(manifested)  # as documented: neither size nor time of change tell
+    with pytest.raises(WeightsError, match="is damaged"):
+        weights.check(manifested, verify=True)
+
+
+def test_a_folder_that_cannot_be_written_to(manifested: Path, monkeypatch: pytest.MonkeyPatch):
+    (manifested / weights.VERIFIED).unlink()
+
+    def refuse(*_) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(weights.os, "replace", refuse)
+    weights.check(manifested)
+    assert not (manifested / weights.VERIFIED).exists()
+
+
+@pytest.mark.parametrize("claimed", [2**62, 2**40, 11 * 2**20])
+def test_a_header_bomb_is_refused(broken_copy: Path, claimed: int):
+    """Whether the file is as long as its header claims or not."""
+    with (broken_copy / UNET).open("r+b") as file:
+        file.write(struct.pack("<Q", claimed))
+        if claimed < 2**40:
+            file.truncate(claimed + 100)
+    message = load_error(broken_copy)
+    assert UNET in message and ("cut short" in message or "header" in message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(broken_copy: Path, value: float):
+    state = load_file(broken_copy / UNET)
+    state["mid_block.resnets.0.conv1.weight"].view(-1)[7] = value
+    save_file(state, broken_copy / UNET)
+    assert "mid_block.resnets.0.conv1.weight holds values that are not finite" in load_error(broken_copy)
+
+
+def test_values_too_large_for_the_dtype(broken_copy: Path):
+    state = load_file(broken_copy / UNET)
+    state["conv_in.bias"][0] = 1e6
+    save_file(state, broken_copy / UNET)
+    Engine.load(broken_copy, device="cpu")
+    assert "conv_in.bias holds values that are not finite in torch.float16" in load_error(broken_copy, dtype="float16")
+
+
+def test_networks_that_do_not_fit_are_told_together(broken_copy: Path):
+    for path in broken_copy.glob("*/*.safetensors"):
+        state = load_file(path)
+        state.pop(sorted(state)[0])
+        save_file(state, path)
+    message = load_error(broken_copy)
+    assert all(f"broken/{network}" in message for network in weights.NETWORKS)
+
+
+def test_a_tensor_under_its_old_and_its_new_name(broken_copy: Path):
+    path = broken_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    key = next(key for key in state if ".to_q." in key)
+    save_file(state | {key.replace(".to_q.", ".query."): state[key] + 1}, path)
+    assert "is there twice" in load_error(broken_copy)
 
 
 def test_header_of_what_is_written(tmp_path: Path):
