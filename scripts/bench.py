@@ -319,16 +319,18 @@ def main() -> None:
         return
 
     half = settled(args.dtype, args.device) != "float32"
-    arms = {name: make() for name, make in makers.items()}
     what, _, values = (args.sweep or f"frames={args.frames}").partition("=")
+    requests = {int(value): request(**{what: int(value)}) for value in values.split(",")}
+    # Before this process fills the memory itself.
+    peaks = {value: {name: peak_memory(name, args, asked) for name in makers} for value, asked in requests.items()}
+    arms = {name: make() for name, make in makers.items()}
     rows = []
-    for value in values.split(","):
-        asked = request(**{what: int(value)})
+    for value, asked in requests.items():
         exact = ours(folder, args.device, "float32")(asked).latents.double() if half else None
-        row: dict[str, Any] = {what: int(value), **compare(arms, asked, args.rounds, args.warmups, exact)}
+        row: dict[str, Any] = {what: value, **compare(arms, asked, args.rounds, args.warmups, exact)}
         flops = stock_flops(folder, asked) * asked.num_inference_steps
         for name in arms:
-            row[name]["peak_memory_gib"] = peak_memory(name, args, asked)
+            row[name]["peak_memory_gib"] = peaks[value][name]
             row[name]["stock_tflops_per_second"] = flops / row[name]["denoise"] / 1e12
             peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in _device_name(args.device)), None)
             row[name]["mfu"] = flops / row[name]["denoise"] / peak if peak else None

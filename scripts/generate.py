@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from t2v.errors import T2VError  # noqa: E402
-from t2v.request import BOUNDS, Request  # noqa: E402
+from t2v.request import BOUNDS, PRESETS, Request  # noqa: E402
 
 
 def main() -> None:
@@ -32,10 +32,14 @@ def main() -> None:
         shown = "" if default is None else f" (default {default})"
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=kind, default=default, help=f"{about}; {low} to {high}{shown}")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="turbo where a few-step LoRA is given, else quality, if omitted"
+    )
     parser.add_argument("--out", type=Path, help="the file to write (default outputs/<prompt>-<seed>.mp4)")
     parser.add_argument("--weights", default=os.environ.get("T2V_WEIGHTS") or str(ROOT / "weights" / "demo"))
     parser.add_argument("--device", default=os.environ.get("T2V_DEVICE") or "auto")
     parser.add_argument("--dtype", default=os.environ.get("T2V_DTYPE") or "auto")
+    parser.add_argument("--lora", default=os.environ.get("T2V_LORA"), help="path[:scale]")
     args = parser.parse_args()
     try:
         generate(args)
@@ -44,7 +48,7 @@ def main() -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    inputs = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "device", "dtype")}
+    inputs = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "device", "dtype", "lora")}
     request = Request(**inputs)  # refused before the seconds that the libraries take to load
 
     from tqdm import tqdm
@@ -52,7 +56,7 @@ def generate(args: argparse.Namespace) -> None:
     from t2v.engine import Engine
     from t2v.video import write_video
 
-    engine = Engine.load(args.weights, args.device, args.dtype)
+    engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora)
     print(f"Model: {engine.describe()}")
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
     path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.mp4"

@@ -115,6 +115,14 @@ def test_diffusers_loads_it_and_agrees(converted: dict[bool, Path]):
     assert [s.t for s in Schedule.from_config(pipeline.scheduler.config).steps("ddim", 50)] == [*range(981, 0, -20)]
 
 
+@pytest.mark.parametrize("network", ["unet", "vae"])
+def test_values_pass_untouched(converted: dict[bool, Path], network: str):
+    """Renamed and reshaped: in float32 the same bytes, each tensor once."""
+    made = original.tensors(original.names()[network], small=False)
+    written = load_file(next((converted[False] / network).glob("*.safetensors")))
+    assert sorted(v.numpy().tobytes() for v in written.values()) == sorted(v.numpy().tobytes() for v in made.values())
+
+
 def test_the_tables_are_total_at_full_size():
     """Every parameter of the 1.7B networks is named once; the denoiser's 1,480 come from as many."""
     model = original.CONFIGURATION["model"]["model_cfg"] | {

@@ -1,5 +1,7 @@
 """Prompt to frames with tiny real parts, against diffusers' own pipeline on the same folder."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
 
-from conftest import DEMO
+from conftest import DEMO, ROOT
 from t2v.engine import Engine
 from t2v.errors import InvalidRequest
 from t2v.request import Request
@@ -112,6 +114,27 @@ def test_bfloat16_runs_and_stays_near(tiny_folder: Path, tiny: Engine):
     assert (
         np.abs(frames(half, seed=0, guidance_scale=2).astype(int) - frames(tiny, seed=0, guidance_scale=2)).mean() < 16
     )
+
+
+def test_memory_of_decoding_and_encoding_does_not_grow_with_the_frames(tiny_folder: Path, tmp_path: Path):
+    """128 frames of 256x256 take 22 MB more than 16, were they ever held together."""
+    code = """
+import sys
+from pathlib import Path
+import torch
+from t2v.engine import Engine
+from t2v.video import write_video
+folder, out, frames = sys.argv[1:]
+engine = Engine.load(folder, device="cpu")
+latents = torch.randn(1, 4, int(frames), 32, 32)
+write_video(Path(out), engine.vae.decode(latents), 8, {})
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+    peaks = [
+        int(subprocess.check_output([sys.executable, "-c", code, tiny_folder, tmp_path / "a.mp4", str(n)], cwd=ROOT))
+        for n in (16, 128)
+    ]
+    assert peaks[1] - peaks[0] < 12 * 1024  # kB
 
 
 def test_metadata_says_what_was_made_and_by_what(tiny: Engine):
