@@ -30,7 +30,7 @@ DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
 class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE,
-        T2V_LORA."""
+        T2V_LORA, T2V_COMPILE."""
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         try:
             self.engine = Engine.load(
@@ -38,6 +38,7 @@ class Predictor(BasePredictor):
                 device=os.environ.get("T2V_DEVICE") or "auto",
                 dtype=os.environ.get("T2V_DTYPE") or "auto",
                 lora=os.environ.get("T2V_LORA"),
+                compile=os.environ.get("T2V_COMPILE") == "1",
             )
             self.engine.warm_up()
         except Exception:

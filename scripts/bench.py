@@ -6,7 +6,7 @@
     python scripts/bench.py --model ms-1.7b-random --setup
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
-`compiled` (CUDA only) is the same with torch.compile; `ours` is Engine and write_video. Beside every time stands the
+`ours` is Engine and write_video; on CUDA both also with torch.compile. Beside every time stands the
 gate: the relative error of the final latents and the PSNR of the frames against stock; in half precision also the error
 of each arm against our float32. Prints a table, and one line of JSON last.
 """
@@ -56,8 +56,8 @@ class Run:
 Arm = Callable[[Request], Run]
 
 
-def ours(folder: Path, device: str, dtype: str) -> Arm:
-    engine = Engine.load(folder, device, dtype)
+def ours(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
+    engine = Engine.load(folder, device, dtype, compile=compiled)
 
     def run(request: Request) -> Run:
         marks = [_now(device)]
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels, width and height; the model's own if omitted")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--sweep", help="frames=8,16,32 or size=128,256 or steps=10,50: a row for each value")
     parser.add_argument("--plot", help="with --sweep frames=...: an SVG of time and memory (needs matplotlib)")
@@ -295,7 +295,8 @@ def main() -> None:
         "ours": lambda: ours(folder, args.device, args.dtype),
     }
     if args.device.startswith("cuda"):
-        makers["compiled"] = lambda: stock(folder, args.device, args.dtype, compiled=True)
+        makers["stock, compiled"] = lambda: stock(folder, args.device, args.dtype, compiled=True)
+        makers["ours, compiled"] = lambda: ours(folder, args.device, args.dtype, compiled=True)
 
     def request(**change: int) -> Request:
         values = {"frames": args.frames, "steps": args.steps, "size": args.size} | change
@@ -400,11 +401,11 @@ COLUMNS = {
 
 def _table(row: dict[str, Any], what: str) -> None:
     print(f"\n{what} = {row[what]}")
-    print(" " * 9 + "".join(f"{name.replace('_', ' ')[:9]:>10}" for name in COLUMNS))
+    print(" " * 16 + "".join(f"{name.replace('_', ' ')[:9]:>10}" for name in COLUMNS))
     for name, result in row.items():
         if name != what:
             cells = (format(result[k], form) if k in result else "-" for k, form in COLUMNS.items())
-            print(f"{name:9}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+            print(f"{name:16}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2v import weights
 from t2v.errors import InvalidRequest, WeightsError
-from t2v.graph import Graphs
+from t2v.graph import Function, Graphs
 from t2v.lora import Merged, parse, read
 from t2v.networks import empty
 from t2v.request import Request
@@ -25,6 +25,7 @@ from t2v.vae import VAE
 
 Progress = Callable[[str, int, int], None]
 
+TRACE_AFTER = 50  # steps of one shape on a CPU
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
 
 
@@ -79,7 +80,8 @@ class Engine:
         self.guidance_scale = guidance_scale
         self.solver: Solver = solver
         self.merged = merged
-        self.step = Graphs(self._step) if text.encoder.device.type == "cuda" else self._step
+        # A trace takes seconds, which a CPU's first request would not win back.
+        self.step: Function = Graphs(self._step, after=0 if text.encoder.device.type == "cuda" else TRACE_AFTER)
 
     @classmethod
     def load(
@@ -89,6 +91,7 @@ class Engine:
         dtype: str = "auto",
         verify: bool = False,
         lora: str | None = None,
+        compile: bool = False,
     ) -> "Engine":
         """Load a model from a folder in diffusers' layout.
 
@@ -97,6 +100,8 @@ class Engine:
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
             verify: read every file again to compare it with the manifest, whatever was found before.
             lora: "path[:scale]" of an adaptation to merge into the denoiser; see `t2v.lora` for the formats.
+            compile: run the denoiser through torch.compile: minutes at the first request of every shape, less where
+                TORCHINDUCTOR_CACHE_DIR holds what an earlier start compiled.
 
         Raises:
             WeightsError: the folder is not a whole model of this family, or the device or dtype does not exist.
@@ -125,6 +130,8 @@ class Engine:
             or unet.config.cross_attention_dim != text.encoder.config.hidden_size
         ):
             raise WeightsError(f"{folder}: the networks do not belong together; their widths differ.")
+        if compile:
+            unet.run = torch.compile(unet.run, dynamic=False)  # type: ignore[method-assign]
         merged = None
         if lora:
             path, factor = parse(lora)
@@ -195,7 +202,8 @@ class Engine:
     def warm_up(self) -> None:
         """Pay now what the first request would pay: libraries, algorithms and, on CUDA, the recording of the default
         shape. Elsewhere one small frame will do."""
-        small: dict[str, Any] = {} if isinstance(self.step, Graphs) else {"num_frames": 1, "width": 16, "height": 16}
+        cuda = self.text.encoder.device.type == "cuda"
+        small: dict[str, Any] = {} if cuda else {"num_frames": 1, "width": 16, "height": 16}
         for _ in self.generate(Request(num_inference_steps=1, seed=0, **small)):
             pass
 
@@ -271,6 +279,8 @@ class Engine:
             if wanted != self.merged.active:
                 self.merged.merge() if wanted else self.merged.undo()
                 self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
+                if isinstance(self.step, Graphs):
+                    self.step.forget()
 
     @functools.cached_property
     def _unconditional(self) -> Tensor:

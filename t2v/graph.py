@@ -1,10 +1,13 @@
-"""A function of tensors as CUDA graphs: recorded once for every set of shapes, then played back without Python.
+"""A function of tensors, recorded once for every set of shapes, then played back without Python.
 
-A step of the denoiser is some thousand kernels; launched one by one they keep the host busier than the GPU.
+A step of the denoiser is some thousand operations. On a GPU, launching them one by one keeps the host busier than the
+GPU: there a recording is a CUDA graph. On a CPU, with a small network, Python and torch's dispatch take a fifth of the
+time: there a recording is a TorchScript trace.
 """
 
 import logging
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -12,33 +15,37 @@ from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
 
-# Runs before a recording: the libraries choose their algorithms and allocate their workspaces in them.
+# Runs before a CUDA graph is recorded: the libraries choose their algorithms and allocate their workspaces in them.
 WARM_UPS = 2
 
 log = logging.getLogger(__name__)
 
 
 class Graphs:
-    """Calls `function` by playing back a recording of it, which the first call with these shapes makes.
+    """Calls `function` by playing back a recording of it with these shapes.
 
     The recordings share one memory pool: they never run at the same time, and what they return is copied out. A
     function that cannot be recorded is called as it is from then on, and the log says why.
 
     Args:
-        function: of tensors alone, all on one device; its kernels depend on their shapes, not on their values.
+        function: of tensors alone, all on one device; what it does depends on their shapes, not on their values.
         keep: recordings kept; the one unused for longest goes first.
+        after: calls with the same shapes before they are recorded.
     """
 
-    def __init__(self, function: Function, keep: int = 4):
+    def __init__(self, function: Function, keep: int = 4, after: int = 0):
         self.function = function
         self.keep = keep
+        self.after = after
+        self.calls: Counter[tuple] = Counter()
         self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
         self.records = True
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if not self.records:
-            return self.function(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
+        self.calls[key] += 1
+        if not self.records or self.calls[key] <= self.after:
+            return self.function(*inputs)
         if key not in self.recordings:
             while len(self.recordings) >= self.keep:
                 self.recordings.popitem(last=False)
@@ -48,18 +55,22 @@ class Graphs:
                 self.recordings.clear()
                 raise
             except RuntimeError as error:
-                log.warning("Runs without CUDA graphs, slower: %s", error)
+                log.warning("Runs without recordings, slower: %s", error)
                 self.records = False
                 self.recordings.clear()
                 return self.function(*inputs)
         self.recordings.move_to_end(key)
         return self.recordings[key](*inputs)
 
+    def forget(self) -> None:
+        """To be called when the function's weights have changed: a trace may hold copies of them. A CUDA graph reads
+        them where they are."""
+        for key in [key for key, recording in self.recordings.items() if recording.graph is None]:
+            del self.recordings[key]
+
 
 class Recording:
-    """One graph, the tensors it reads and the tensors it writes.
-
-    Where there is no CUDA nothing can be recorded: the function itself runs on the same tensors instead.
+    """One recording, the tensors it reads and those it writes.
 
     Args:
         inputs: for shapes and dtypes; they are copied.
@@ -70,7 +81,9 @@ class Recording:
         self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph() if self.inputs[0].is_cuda else None
         if self.graph is None:
-            self.function = function
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that shapes become constants, as is meant
+                self.trace: Function = torch.jit.trace(function, tuple(self.inputs), check_trace=False)
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -86,7 +99,7 @@ class Recording:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         if self.graph is None:
-            self.outputs = self.function(*self.inputs)
+            self.outputs = self.trace(*self.inputs)
         else:
             self.graph.replay()
         return tuple(y.clone() for y in self.outputs)

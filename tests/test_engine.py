@@ -116,8 +116,8 @@ def test_bfloat16_runs_and_stays_near(tiny_folder: Path, tiny: Engine):
     )
 
 
-def test_memory_of_decoding_and_encoding_does_not_grow_with_the_frames(tiny_folder: Path, tmp_path: Path):
-    """128 frames of 256x256 take 22 MB more than 16, were they ever held together."""
+def test_memory_of_decoding_and_encoding_does_not_grow_with_the_frames(tmp_path: Path):
+    """256 frames of 256x256 would take 47 MB more than 16, were they ever held together."""
     code = """
 import sys
 from pathlib import Path
@@ -131,10 +131,10 @@ write_video(Path(out), engine.vae.decode(latents), 8, {})
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
     peaks = [
-        int(subprocess.check_output([sys.executable, "-c", code, tiny_folder, tmp_path / "a.mp4", str(n)], cwd=ROOT))
-        for n in (16, 128)
+        int(subprocess.check_output([sys.executable, "-c", code, DEMO, tmp_path / "a.mp4", str(n)], cwd=ROOT))
+        for n in (16, 256)
     ]
-    assert peaks[1] - peaks[0] < 12 * 1024  # kB
+    assert peaks[1] - peaks[0] < 30 * 1024  # kB
 
 
 def test_metadata_says_what_was_made_and_by_what(tiny: Engine):

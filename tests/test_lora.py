@@ -15,6 +15,7 @@ from conftest import TINY_UNET, reference_unet
 from t2v import lora as module
 from t2v.engine import FAST_STEPS, Engine
 from t2v.errors import InvalidRequest, WeightsError
+from t2v.graph import Graphs
 from t2v.lora import COND_PROJ, Merged, parse, read
 from t2v.request import Request
 from t2v.sampler import MCM, TURBO
@@ -230,6 +231,10 @@ def test_turbo_is_the_default_where_it_is_installed_and_quality_takes_it_out(
     assert torch.equal(engine.denoised(quality), tiny.denoised(quality))
     assert not engine.merged.active and "lora" not in engine.metadata(quality)
     assert torch.equal(engine.denoised(turbo), first)
+    assert isinstance(engine.step, Graphs)
+    engine.step.after = 0  # and through recordings
+    for request, expected in ((turbo, first), (quality, tiny.denoised(quality)), (turbo, first)):
+        torch.testing.assert_close(engine.denoised(request), expected, rtol=1e-3, atol=1e-4)
     assert not torch.equal(first, tiny.denoised(Request("a circle", num_frames=2, seed=1, num_inference_steps=4)))
 
 
