@@ -45,7 +45,7 @@ def download(manifest: dict[str, Any], folder: Path, source: Path | None = None)
     needed = [
         name
         for name, expected in manifest["files"].items()
-        if not (folder / name).is_file() or ("bytes" in expected and weights.compare(folder, {name: expected}, True))
+        if not (folder / name).is_file() or ("bytes" in expected and weights.compare(folder, {name: expected}))
     ]
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -77,12 +77,12 @@ def fetch(manifest: dict[str, Any], name: str, partial: Path, source: Path | Non
     """One file into the folder of partial downloads, checked."""
     expected = manifest["files"][name]
     path = partial / name
-    if not (path.is_file() and "sha256" in expected and not weights.compare(partial, {name: expected}, True)):
+    if not (path.is_file() and "sha256" in expected and not weights.compare(partial, {name: expected})):
         try:
             expected = expected | (copy(source, name, path) if source else pull(manifest, name, partial))
         except OSError as error:
             raise WeightsError(f"{name} could not be written: {error.strerror}") from error
-    problems = weights.compare(partial, {name: {"bytes": path.stat().st_size} | expected}, True)
+    problems = weights.compare(partial, {name: {"bytes": path.stat().st_size} | expected})
     if problems:
         path.unlink(missing_ok=True)
         raise WeightsError(problems[0])

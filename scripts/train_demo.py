@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_world as world
 from t2v import weights
+from t2v.convert import COMPONENTS
 from t2v.sampler import Schedule
 from t2v.text import END, LENGTH, PAD, START, Text, load_tokenizer
 from t2v.unet3d import UNet3D, UNet3DConfig
@@ -466,11 +467,7 @@ def export(args: argparse.Namespace, text: Text, vae: AutoencoderKL, scale: floa
         "_t2v_name": "t2v-demo",
         "_t2v_about": ABOUT,
         "_t2v_guidance_scale": GUIDANCE_SCALE,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet3DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        **COMPONENTS,
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     weights.write_manifest(out, "git checkout -- weights/demo")

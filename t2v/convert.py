@@ -13,17 +13,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from t2v import pickles, weights
 from t2v.errors import WeightsError
 from t2v.networks import empty
+from t2v.unet3d import TRANSFORMER_IN_HEADS
 
 Table = dict[str, str | tuple[str, ...]]
 
@@ -51,7 +51,6 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "weights" / "demo" / "token
 SCALING_FACTOR = 0.18215
 NATIVE_SIZE = 256  # pixels
 CLIP_HEAD = 64  # channels of one attention head of the text encoder
-TRANSFORMER_IN_HEADS = 8  # the only number diffusers' layout can express
 
 # Under the original's residual blocks, and where each goes under a diffusers block; {j} is the layer.
 RESIDUAL = {
@@ -142,9 +141,8 @@ def _original(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str], 
 
     unet_config["sample_size"] = NATIVE_SIZE // 2 ** (len(vae_config["block_out_channels"]) - 1)
     state = pickles.tensors(paths["unet"])
-    levels, blocks = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
-    attention = [kind.startswith("CrossAttn") for kind in unet_config["down_block_types"]]
-    _write(out, "unet", unet_config, state, unet_table(levels, blocks, attention), paths["unet"], dtype, log)
+    table = unet_table(unet_config["down_block_types"], unet_config["layers_per_block"])
+    _write(out, "unet", unet_config, state, table, paths["unet"], dtype, log)
 
     state = pickles.tensors(paths["text_encoder"])
     if "token_embedding.weight" not in state:
@@ -168,7 +166,7 @@ def _diffusers(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str],
         raise WeightsError(f"{source} is neither ModelScope's folder nor diffusers': it lacks {', '.join(missing)}.")
     for network, path in files.items():
         assert path is not None
-        state = pickles.tensors(path) if path.suffix == ".bin" else _read_safetensors(path)
+        state = pickles.tensors(path) if path.suffix == ".bin" else weights.read(path)
         config = weights.read_json(source / network / "config.json")
         kept = {key: value for key, value in state.items() if not key.endswith(".position_ids")}
         expected = {weights.common_name(key): key for key in _shapes(network, config)}
@@ -183,14 +181,15 @@ def _diffusers(source: Path, out: Path, dtype: torch.dtype, log: Callable[[str],
             shutil.copyfile(source / name, out / name)
 
 
-def unet_table(levels: int, blocks: int, attention: list[bool]) -> Table:
+def unet_table(down_block_types: Sequence[str], blocks: int) -> Table:
     """Prefixes of the original denoiser -> diffusers'.
 
     Args:
-        levels: resolutions.
+        down_block_types: of diffusers' config, highest resolution first.
         blocks: residual blocks of a level on the way down; one more on the way up.
-        attention: for each level, highest resolution first, whether it has transformers.
     """
+    levels = len(down_block_types)
+    attention = [kind.startswith("CrossAttn") for kind in down_block_types]
     table: Table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -233,7 +232,7 @@ def unet_table(levels: int, blocks: int, attention: list[bool]) -> Table:
 
 
 def vae_table(levels: int, blocks: int) -> Table:
-    """Prefixes of the original autoencoder -> diffusers'; `levels` and `blocks` as in `unet_table`."""
+    """Prefixes of the original autoencoder -> diffusers'; `levels` resolutions, `blocks` as in `unet_table`."""
     table: Table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
         table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
@@ -386,8 +385,8 @@ def _write(
 
     def tensor(target: str) -> Tensor:
         value = sources[target]().reshape(shapes[target]).to(dtype)
-        if not torch.isfinite(value).all():
-            known = torch.isfinite(sources[target]()).all()
+        if not weights.finite(value):
+            known = weights.finite(sources[target]())
             why = f"overflows {str(dtype).removeprefix('torch.')}; convert to float32" if known else "is not finite"
             raise WeightsError(f"{source}: {target} {why}.")
         return value
@@ -422,14 +421,6 @@ def _shapes(network: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What follows the prefix in the names that contain it; the rest of such a file belongs to other models."""
     return {key.split(prefix, 1)[1]: value for key, value in state.items() if prefix in key}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors has its own kind
-        raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

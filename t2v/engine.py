@@ -268,19 +268,22 @@ class Engine:
         settled: dict[str, Any] = {"width": width, "height": height, "model": self.name, "preset": sampling.preset}
         settled["num_inference_steps"] = sampling.steps
         settled["guidance_scale"] = sampling.embedded or sampling.guidance_scale
-        if self.merged and self.merged.active:
+        if self.merged and self._adapted(sampling):
             settled["lora"] = f"{self.merged.lora.name}:{self.merged.scale:g}"
         return dataclasses.asdict(request) | settled
 
     def _adapt(self, sampling: Sampling) -> None:
         """Merge a few-step adaptation for the requests that are sampled so, and take it out for the others."""
-        if self.merged and self.merged.lora.few_step:
-            wanted = isinstance(sampling.solver, FewStep)
-            if wanted != self.merged.active:
-                self.merged.merge() if wanted else self.merged.undo()
-                self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
-                if isinstance(self.step, Graphs):
-                    self.step.forget()
+        wanted = self._adapted(sampling)
+        if self.merged and wanted != self.merged.active:
+            self.merged.merge() if wanted else self.merged.undo()
+            self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
+            if isinstance(self.step, Graphs):
+                self.step.forget()
+
+    def _adapted(self, sampling: Sampling) -> bool:
+        """Whether a request is made with the adaptation: always with a plain one."""
+        return self.merged is not None and (isinstance(sampling.solver, FewStep) or not self.merged.lora.few_step)
 
     @functools.cached_property
     def _unconditional(self) -> Tensor:

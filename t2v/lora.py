@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2v import pickles, weights
@@ -39,6 +37,10 @@ MCM_LAYERS = (
 )
 
 
+Shapes = dict[str, tuple[int, ...]]
+Found = dict[str, tuple[Tensor, Tensor, float]]
+
+
 @dataclass(frozen=True)
 class Lora:
     """An adaptation that fits a denoiser.
@@ -51,7 +53,7 @@ class Lora:
     """
 
     name: str
-    deltas: dict[str, tuple[Tensor, Tensor, float]]
+    deltas: Found
     few_step: FewStep | None
 
     def delta(self, layer: str) -> Tensor:
@@ -130,14 +132,15 @@ def read(path: Path, unet: UNet3D) -> Lora:
     """
     if not path.exists():
         raise WeightsError(f"There is no LoRA {path}.")
+    shapes = _layers(unet)
     if path.is_dir():
         found = _peft(path)
     elif path.suffix == ".safetensors":
-        found = _named(_safetensors(path), unet, path)
+        found = _named(weights.read(path), shapes, unet, path)
     else:
         content = pickles.load(path)
-        found = _listed(content, unet, path) if isinstance(content, list) else _named(pickles.tensors(path), unet, path)
-    shapes = _layers(unet)
+        listed = isinstance(content, list)
+        found = _listed(content, shapes, path) if listed else _named(pickles.tensors(path), shapes, unet, path)
     wrong = [f"{name} is no layer of this model" for name in found if name not in shapes]
     deltas = {}
     for name, (up, down, factor) in found.items():
@@ -158,7 +161,7 @@ def read(path: Path, unet: UNet3D) -> Lora:
     return Lora(path.name, deltas, few_step)
 
 
-def _layers(unet: UNet3D) -> dict[str, tuple[int, ...]]:
+def _layers(unet: UNet3D) -> Shapes:
     """Weight shapes of every layer an adaptation can name, in diffusers' order, the guidance embedding included."""
     shapes = {
         name: tuple(module.weight.shape)
@@ -174,11 +177,8 @@ def _layers(unet: UNet3D) -> dict[str, tuple[int, ...]]:
     return ordered
 
 
-def _mcm_layers(shapes: Mapping[str, Any]) -> set[str]:
+def _mcm_layers(shapes: Shapes) -> set[str]:
     return {name for name in shapes if name.endswith(MCM_LAYERS) and not ("temp" in name and "conv" in name)}
-
-
-Found = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def _peft(folder: Path) -> Found:
@@ -190,7 +190,7 @@ def _peft(folder: Path) -> Found:
     path = next((p for n in ("safetensors", "bin") if (p := folder / f"adapter_model.{n}").is_file()), None)
     if path is None:
         raise WeightsError(f"{folder} has no adapter_model.safetensors or adapter_model.bin.")
-    state = _safetensors(path) if path.suffix == ".safetensors" else pickles.tensors(path)
+    state = weights.read(path) if path.suffix == ".safetensors" else pickles.tensors(path)
     found = {}
     for name, (up, down, _) in _pairs(state, path).items():
         alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", down.shape[0]))
@@ -204,12 +204,9 @@ def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> 
     return next((v for k, v in (pattern or {}).items() if name == k or name.endswith(f".{k}")), default)
 
 
-def _named(state: Mapping[str, Tensor], unet: UNet3D, path: Path) -> Found:
+def _named(state: Mapping[str, Tensor], shapes: Shapes, unet: UNet3D, path: Path) -> Found:
     """Tensors by name without a config: Stable-LoRA, or what diffusers saves; scale 1, or alpha / rank where given."""
-    shapes = _layers(unet)
-    config = unet.config
-    attention = [kind.startswith("CrossAttn") for kind in config.down_block_types]
-    table = unet_table(len(config.block_out_channels), config.layers_per_block, attention)
+    table = unet_table(unet.config.down_block_types, unet.config.layers_per_block)
     found = {}
     for name, (up, down, alpha) in _pairs(state, path).items():
         if name not in shapes:
@@ -234,16 +231,14 @@ def _stable(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, T
     return torch.eye(c_out), weight.reshape(c_out, -1)
 
 
-def _listed(content: list[Any], unet: UNet3D, path: Path) -> Found:
+def _listed(content: list[Any], shapes: Shapes, path: Path) -> Found:
     """Tensors in order. T2V-Turbo-MS has the guidance embedding; others do not."""
-    names = list(_layers(unet))
-    plain = [name for name in names if name != COND_PROJ]
-    if len(content) == 2 * len(plain):
-        names = plain
-    elif len(content) != 2 * len(names) or not all(isinstance(value, Tensor) for value in content):
+    plain = [name for name in shapes if name != COND_PROJ]
+    names = plain if len(content) == 2 * len(plain) else list(shapes)
+    if len(content) != 2 * len(names) or not all(isinstance(value, Tensor) for value in content):
         raise WeightsError(
             f"The LoRA {path} is a list of {len(content)} things; for this model it must be {2 * len(plain)} tensors, "
-            f"or {2 * len(names)} with a guidance embedding."
+            f"or {2 * len(shapes)} with a guidance embedding."
         )
     return {name: (up, down, 1.0) for name, up, down in zip(names, content[::2], content[1::2])}
 
@@ -264,10 +259,3 @@ def _pairs(state: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, T
     if strangers:
         raise WeightsError(f"The LoRA {path} cannot be read: {weights.some(sorted(strangers))}.")
     return {name: (up, parts["down"][name], parts["alpha"].get(name)) for name, up in parts["up"].items()}
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error

@@ -5,6 +5,7 @@ as safetensors, with or without the `.fp16` infix. Its manifest.json, if it has 
 what its SHA-256 digest is.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,7 +70,11 @@ def check(folder: Path, verify: bool = False) -> None:
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
         repair = manifest.get("repair", repair)
-        wrong += [problem for problem in compare(folder, manifest["files"], verify) if problem not in wrong]
+        known = read_json(folder / VERIFIED) if (folder / VERIFIED).is_file() and not verify else {}
+        before = dict(known)
+        wrong += compare(folder, manifest["files"], known)
+        if known != before:
+            _remember(folder, known)
     if wrong:
         raise WeightsError(f"The weights folder {folder} is not whole: {some(wrong)}. To repair it: {repair}")
     kind = read_json(folder / "model_index.json").get("_class_name")
@@ -77,15 +82,16 @@ def check(folder: Path, verify: bool = False) -> None:
         raise WeightsError(f"{folder}/model_index.json names a {kind}; this is not a text-to-video model.")
 
 
-def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: bool = False) -> list[str]:
+def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], known: dict[str, Any] | None = None) -> list[str]:
     """What is wrong with the files of a folder, a phrase for each; see `check`.
 
     Args:
         files: by name, their "bytes" and, where it is known, their "sha256".
+        known: what was found right before, by name; such files are not read again. Brought up to date.
     """
+    known = {} if known is None else known
     wrong = []
     doubtful = {}
-    known = read_json(folder / VERIFIED) if (folder / VERIFIED).is_file() and not verify else {}
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -103,22 +109,17 @@ def compare(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: bool =
             else:
                 known.pop(name, None)
                 wrong.append(f"{name} is damaged (its SHA-256 is not the manifest's)")
-    if doubtful:
-        try:
-            (folder / f"{VERIFIED}.new").write_text(json.dumps(known))
-            os.replace(folder / f"{VERIFIED}.new", folder / VERIFIED)
-        except OSError:
-            pass  # a folder that cannot be written to is read again at the next start
     return wrong
 
 
 def write_manifest(folder: Path, repair: str) -> None:
     """Describe every file of a folder in its manifest; `repair` is the command that makes the folder anew."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, VERIFIED))
-    files = {
+    files: dict[str, dict[str, Any]] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths
     }
     (folder / MANIFEST).write_text(json.dumps({"repair": repair, "files": files}, indent=2) + "\n")
+    _remember(folder, {name: _state(folder / name, entry["sha256"]) for name, entry in files.items()})
 
 
 def digest(path: Path) -> str:
@@ -137,10 +138,7 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
     """
     path = find(folder, network)
     assert path is not None, "check() comes first"
-    try:
-        found = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error
+    found = read(path, device)
     expected = module.state_dict()
     names = {common_name(key): key for key in expected}
     state: dict[str, Tensor] = {}
@@ -167,6 +165,18 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
         raise WeightsError(f"{path} is not usable: {some(wrong)}; download it again.")
     module.load_state_dict(state, strict=True, assign=True)
     module.to(device).eval().requires_grad_(False)  # what is not in the file, CLIP's position ids, moves here
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; on the CPU they are mapped from the disk.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); download it again.") from error
 
 
 def save(
@@ -241,6 +251,13 @@ def _header_problem(path: Path) -> str | None:
     if length > path.stat().st_size - 8:
         return f"{name} was cut short or is no safetensors file"
     return f"{name} has a header of {length:,} bytes, which no real model has" if length > MAX_HEADER else None
+
+
+def _remember(folder: Path, known: dict[str, Any]) -> None:
+    """Keep what was found right; a folder that cannot be written to is read again at the next start."""
+    with contextlib.suppress(OSError):
+        (folder / f"{VERIFIED}.new").write_text(json.dumps(known))
+        os.replace(folder / f"{VERIFIED}.new", folder / VERIFIED)
 
 
 def _state(path: Path, sha256: str) -> list[Any]:

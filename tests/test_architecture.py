@@ -23,7 +23,7 @@ ALLOWED = {
     "weights": {"errors"},
     "networks": {"errors", "text", "unet3d", "vae"},
     "pickles": {"errors"},
-    "convert": {"errors", "networks", "pickles", "weights"},
+    "convert": {"errors", "networks", "pickles", "unet3d", "weights"},
     "lora": {"errors", "convert", "pickles", "sampler", "unet3d", "upsample", "weights"},
     "engine": set(PACKAGE) - {"video", "convert", "pickles", "engine"},
 }

@@ -135,7 +135,7 @@ def test_the_tables_are_total_at_full_size():
     }
     config = module._unet_config(model)
     targets = set(module._shapes("unet", config))
-    table = module.unet_table(4, 2, [True, True, True, False])
+    table = module.unet_table(config["down_block_types"], config["layers_per_block"])
     assert len(set(table.values())) == len(table)
     assert all(any(t == new or t.startswith(f"{new}.") for new in table.values()) for t in targets)
     assert len(targets) == 1480
