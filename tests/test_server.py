@@ -1,13 +1,8 @@
 """The real server, on 127.0.0.1, with tiny weights: what a caller sends and gets."""
 
 import base64
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,86 +12,15 @@ import requests
 
 import openapi_schema
 from conftest import ROOT
+from serving import Server, serve
 from t2v.video import VideoInfo, read_metadata, read_video
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
 
 
-class Server:
-    def __init__(self, port: int, process: subprocess.Popen, log: Path):
-        self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
-
-    def health(self) -> dict[str, Any]:
-        return requests.get(f"{self.url}/health-check", timeout=10).json()
-
-    def predict(self, **request: Any) -> requests.Response:
-        """POST, again while the slot of the request before is not yet free (409), which the server allows itself."""
-        for _ in range(100):
-            response = requests.post(f"{self.url}/predictions", json=request, timeout=120)
-            if response.status_code != 409:
-                return response
-            time.sleep(0.1)
-        raise AssertionError("the server stays busy")
-
-
-@contextmanager
-def serve(folder: Path, weights: Path | None, schema: bool) -> Iterator[Server]:
-    """Cog's server on a copy of the project by links, with or without the generated schema."""
-    folder.mkdir()
-    for name in ("predict.py", "t2v"):
-        (folder / name).symlink_to(ROOT / name)
-    if schema:
-        subprocess.run(
-            [sys.executable, ROOT / "scripts" / "openapi_schema.py", "--out", folder / ".cog" / "openapi_schema.json"],
-            check=True,
-        )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    tmp = folder / "tmp"
-    tmp.mkdir()
-    environment = os.environ | {
-        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-        "PORT": str(port),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "T2V_DEVICE": "cpu",
-        "TMPDIR": str(tmp),
-    }
-    environment.pop("T2V_WEIGHTS", None)
-    if weights:
-        environment["T2V_WEIGHTS"] = str(weights)
-    log = folder / "server.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
-            cwd=folder,
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        server = Server(port, process, log)
-        try:
-            deadline = time.monotonic() + 180
-            while time.monotonic() < deadline:
-                try:
-                    if server.health()["status"] != "STARTING":
-                        break
-                except requests.ConnectionError:
-                    pass
-                time.sleep(0.2)
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(5)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("with") / "schema", tiny_folder, schema=True) as started:
+    with serve(tmp_path_factory.mktemp("with") / "schema", tiny_folder) as started:
         yield started
 
 
@@ -146,7 +70,7 @@ def test_without_a_seed_every_prediction_differs(server: Server):
 def test_only_the_latest_output_stays_on_disk(server: Server):
     server.predict(input=QUICK)
     server.predict(input=QUICK)
-    assert len(list((server.log.parent / "tmp").rglob("*.mp4"))) == 1
+    assert len(list(server.tmp.rglob("*.mp4"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -199,18 +123,15 @@ def test_long_and_strange_prompts_make_videos(server: Server, tmp_path: Path):
 
 def test_cancelling_frees_the_server_and_leaves_no_file(server: Server):
     slow = QUICK | {"num_inference_steps": 500, "num_frames": 32}
-    started = requests.put(
-        f"{server.url}/predictions/slow", json={"input": slow}, headers={"Prefer": "respond-async"}, timeout=10
-    )
-    assert started.status_code == 202
+    server.start("slow", input=slow)
     time.sleep(1)
-    assert requests.post(f"{server.url}/predictions/slow/cancel", timeout=10).status_code == 200
+    server.cancel("slow")
     assert server.predict(input=QUICK).json()["status"] == "succeeded"
-    assert len(list((server.log.parent / "tmp").rglob("*.mp4"))) == 1
+    assert len(list(server.tmp.rglob("*.mp4"))) == 1
 
 
 def test_missing_weights_fail_setup_in_one_sentence(tmp_path: Path):
-    with serve(tmp_path / "server", tmp_path / "ms-1.7b", schema=True) as broken:
+    with serve(tmp_path / "server", tmp_path / "ms-1.7b") as broken:
         health = broken.health()
         assert health["status"] == "SETUP_FAILED"
         assert "There is no weights folder" in health["setup"]["logs"] and "ms-1.7b" in health["setup"]["logs"]

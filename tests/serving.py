@@ -1,0 +1,151 @@
+"""Cog's real server on 127.0.0.1, for the tests that talk to one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from conftest import ROOT
+
+BUSY_FOR = 30  # seconds a test waits for the slot to be free
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        folder: its working directory, with `tmp` for temporary files.
+        log: file of its standard output and error.
+    """
+
+    def __init__(self, port: int, process: subprocess.Popen, folder: Path):
+        self.url, self.process, self.folder = f"http://127.0.0.1:{port}", process, folder
+        self.log = folder / "server.log"
+        self.tmp = folder / "tmp"
+
+    def health(self) -> dict[str, Any]:
+        return requests.get(f"{self.url}/health-check", timeout=10).json()
+
+    def predict(self, **request: Any) -> requests.Response:
+        """POST, again while the slot of the request before is not yet free (409), which the server allows itself."""
+        return self.patiently(lambda: requests.post(f"{self.url}/predictions", json=request, timeout=120))
+
+    def start(self, name: str, **request: Any) -> None:
+        """Start a prediction of that id in the background."""
+        headers = {"Prefer": "respond-async"}
+        url = f"{self.url}/predictions/{name}"
+        answer = self.patiently(lambda: requests.put(url, json=request, headers=headers, timeout=10))
+        assert answer.status_code == 202, answer.text
+
+    def poll(self, name: str, **request: Any) -> dict[str, Any]:
+        """What the running prediction of that id has got to; the server has no other way to ask."""
+        return requests.put(f"{self.url}/predictions/{name}", json=request, timeout=120).json()
+
+    def cancel(self, name: str) -> None:
+        assert requests.post(f"{self.url}/predictions/{name}/cancel", timeout=10).status_code == 200
+
+    def patiently(self, ask: Callable[[], requests.Response]) -> requests.Response:
+        deadline = time.monotonic() + BUSY_FOR
+        while (response := ask()).status_code == 409 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return response
+
+    def until(self, true: Callable[[], Any], seconds: float, what: str) -> float:
+        """Wait for something, and say how many seconds it took."""
+        started = time.monotonic()
+        while not true():
+            assert time.monotonic() < started + seconds, f"{what}: not within {seconds} s"
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def worker(self) -> psutil.Process:
+        """The process that holds the model."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "_run_worker" in " ".join(child.cmdline()))
+
+    def encoders(self) -> list[psutil.Process]:
+        return [child for child in self.worker().children(recursive=True) if "ffmpeg" in child.name()]
+
+    def files(self) -> list[Path]:
+        """What lies in the server's temporary directory."""
+        return [path for path in self.tmp.rglob("*") if path.is_file()]
+
+
+@contextmanager
+def serve(
+    folder: Path,
+    weights: Path | None,
+    schema: bool = True,
+    predictor: str | None = None,
+    before: Callable[[], None] | None = None,
+    **environment: str,
+) -> Iterator[Server]:
+    """Cog's server on a copy of the project by links.
+
+    Args:
+        schema: whether the generated schema is there.
+        predictor: source of a predict.py to take instead.
+        before: called in the server's process before it starts.
+        environment: variables to add.
+    """
+    folder.mkdir()
+    (folder / "t2v").symlink_to(ROOT / "t2v")
+    if predictor is None:
+        (folder / "predict.py").symlink_to(ROOT / "predict.py")
+    else:
+        (folder / "predict.py").write_text(predictor)
+    if schema:
+        script, out = ROOT / "scripts" / "openapi_schema.py", folder / ".cog" / "openapi_schema.json"
+        subprocess.run([sys.executable, script, "--out", out], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "tmp").mkdir()
+    environment = os.environ | {
+        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "PORT": str(port),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "T2V_DEVICE": "cpu",
+        "TMPDIR": str(folder / "tmp"),
+        **environment,
+    }
+    environment.pop("T2V_WEIGHTS", None)
+    if weights:
+        environment["T2V_WEIGHTS"] = str(weights)
+    with (folder / "server.log").open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+            cwd=folder,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            preexec_fn=before,
+        )
+        server = Server(port, process, folder)
+        try:
+            server.until(lambda: _settled(server), 180, "setup")
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+
+
+def _settled(server: Server) -> bool:
+    assert server.process.poll() is None, server.log.read_text()
+    try:
+        return server.health()["status"] != "STARTING"
+    except requests.ConnectionError:
+        return False
