@@ -5,6 +5,9 @@ t2v.request holds the same limits for callers that come past Cog; a test compare
 """
 
 import atexit
+import contextlib
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -13,14 +16,19 @@ import tempfile
 import time
 import traceback
 import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
+from typing import Any
 
+import numpy as np
 import torch
 from cog import BasePredictor, Input, Path
 from tqdm import tqdm
 
+from t2v import memory, watchdog
 from t2v.engine import Engine
-from t2v.errors import InvalidRequest, OutOfMemory
+from t2v.errors import InvalidRequest, T2VError
 from t2v.request import Request
 from t2v.video import write_video
 
@@ -30,8 +38,10 @@ DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
 class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE,
-        T2V_LORA, T2V_COMPILE."""
+        T2V_LORA, T2V_COMPILE; and T2V_LOG_PROMPTS at each prediction."""
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+        logging.getLogger("t2v").setLevel(logging.INFO)
+        self.broken = False
         try:
             self.engine = Engine.load(
                 os.environ.get("T2V_WEIGHTS") or DEMO,
@@ -48,6 +58,11 @@ class Predictor(BasePredictor):
         # The server reads an output after predict() has returned, so a file must outlive the call that made it.
         self.outputs = FilePath(tempfile.mkdtemp(prefix="t2v-"))
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
+        watchdog.start(self.outputs)
+
+    def healthcheck(self) -> bool:
+        """False once the device has failed for good: only a new process can use it again."""
+        return not self.broken
 
     def predict(
         self,
@@ -58,55 +73,142 @@ class Predictor(BasePredictor):
         seed: int | None = Input(
             default=None, ge=0, le=4294967295, description="Random seed. Leave blank to randomize the seed"
         ),
+        guidance_scale: float | None = Input(
+            default=None, ge=1, le=30, description="Weight of the prompt; 1 is none. Left blank, the model's own, 9"
+        ),
+        width: int | None = Input(
+            default=None, ge=16, le=1024, description="Pixels, a multiple of 8. Left blank, the model's own, 256"
+        ),
+        height: int | None = Input(
+            default=None, ge=16, le=1024, description="Pixels, a multiple of 8. Left blank, the model's own, 256"
+        ),
+        preset: str = Input(
+            default="auto",
+            choices=["auto", "quality", "fast", "turbo"],
+            description="quality takes all steps; fast at most 20; turbo at most 8, with a few-step LoRA installed",
+        ),
     ) -> Path:
         """Make a video. Every keyword is a field of t2v.request.Request."""
         try:
             request = Request(
-                prompt=prompt, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps, seed=seed
+                prompt=prompt,
+                num_frames=num_frames,
+                num_inference_steps=num_inference_steps,
+                fps=fps,
+                seed=seed,
+                guidance_scale=guidance_scale,
+                width=width,
+                height=height,
+                preset=preset,
             )
-            for old in self.outputs.iterdir():
-                old.unlink()
+            self._tidy()
             return Path(self._make(request))
         except InvalidRequest:
             raise
-        except torch.OutOfMemoryError as error:
-            traceback.print_exc()
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"{num_frames} frames do not fit the GPU's memory; ask for fewer.") from error
-        except Exception:
-            traceback.print_exc()  # Cog drops the traceback
+        except T2VError:
+            log_traceback()
             raise
+        except Exception as error:
+            log_traceback()
+            self.broken = self.broken or isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+            # A library's own words may hold paths and addresses; they are for the operator alone.
+            sentence = f"An internal error ({type(error).__name__}); the container's log says more. Please try again."
+            raise T2VError(sentence) from None
+        finally:
+            memory.trim()
 
     def _make(self, request: Request) -> FilePath:
-        started = time.perf_counter()
         print(f"Using seed: {request.seed}")
         print(f"Model: {self.engine.describe()}")
+        memory.mark(self.engine.device)
+        report = Report(request)
         path = self.outputs / f"t2v-{request.seed}-{uuid.uuid4().hex}.mp4"
         # Inside, not as a decorator: Cog fills in defaults on the outermost function only. And here, not in setup():
         # gradient mode belongs to the thread, and predict() runs in another one.
         with torch.inference_mode():
-            frames = self.engine.generate(request, Progress())
+            frames = report.decoding(self.engine.generate(request, report.progress))
             info = write_video(path, frames, request.fps, self.engine.metadata(request))
-        seconds = time.perf_counter() - started
-        print(f"Wrote {info.frames} frames of {info.width}x{info.height} at {request.fps} fps in {seconds:.1f} s")
-        self._record(seed=request.seed, model=self.engine.name)
+        report.end("encode")
+        self._record(
+            seed=request.seed,
+            model=self.engine.name,
+            frames=info.frames,
+            **{f"{stage}_seconds": round(seconds, 4) for stage, seconds in report.seconds.items()},
+            peak_memory_bytes=memory.peak(self.engine.device),
+            video_output_count=1,
+            video_output_duration_seconds=info.frames / info.fps,
+            video_output_total_pixel_count=info.frames * info.width * info.height,
+        )
         return path
+
+    def _tidy(self) -> None:
+        """Remove what earlier predictions have left: their files, and the empty directories that Cog makes for each
+        and never removes. The newest of those is the one of the prediction that runs now."""
+        for old in self.outputs.iterdir():
+            old.unlink()
+        folders = sorted(FilePath(tempfile.gettempdir(), "coglet", "predictions").glob("*"), key=os.path.getmtime)
+        for folder in folders[:-1]:
+            with contextlib.suppress(OSError):  # it is not empty
+                for part in [*folder.iterdir(), folder]:
+                    part.rmdir()
 
     def _record(self, **metrics: int | float | str | None) -> None:
         """Report metrics; outside a server there is nobody to report to, and a prediction must not fail over one."""
         for name, value in metrics.items():
             try:
-                self.record_metric(name, value)
+                if value is not None:
+                    self.record_metric(name, value)
             except Exception as error:
                 print(f"Metric {name} was not recorded: {error}", file=sys.stderr)
 
 
-class Progress:
-    """Prints one tqdm-shaped line per denoising step, which Replicate's clients read."""
+class Report:
+    """What is said about a prediction while it runs: for every stage a line of JSON, and for every denoising step a
+    line as tqdm prints it, which Replicate's clients read.
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
+    Attributes:
+        seconds: by stage; "text", "denoise", "decode", "encode".
+    """
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __init__(self, request: Request):
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.since = time.perf_counter()
+        about: dict[str, Any] = {
+            "prompt_characters": len(request.prompt),
+            "prompt_sha256": hashlib.sha256(request.prompt.encode(errors="surrogatepass")).hexdigest(),
+        }
+        if os.environ.get("T2V_LOG_PROMPTS") == "1":
+            about["prompt"] = request.prompt
+        self._say("request", about)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
         if stage == "denoise":
-            print(tqdm.format_meter(done, total, time.perf_counter() - self.started, ncols=80), flush=True)
+            print(tqdm.format_meter(done, total, time.perf_counter() - self.since, ncols=80), flush=True)
+        if stage != "decode" and done == total:
+            self.end(stage)
+
+    def decoding(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same chunks. Decoding and encoding take turns: waiting for a chunk is decoding, the rest encoding."""
+        self.since = time.perf_counter()
+        for chunk in chunks:
+            self._count("decode")
+            yield chunk
+            self._count("encode")
+        self.end("decode")
+
+    def end(self, stage: str) -> None:
+        self._count(stage)
+        self._say(stage, {"seconds": round(self.seconds[stage], 4)})
+
+    def _count(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] += now - self.since
+        self.since = now
+
+    def _say(self, stage: str, about: dict[str, Any]) -> None:
+        print(json.dumps({"stage": stage, **about}), flush=True)
+
+
+def log_traceback() -> None:
+    """To the container's log alone: a prediction's own log, where sys.stderr goes, is sent to the caller."""
+    os.write(2, traceback.format_exc().encode(errors="replace"))

@@ -33,7 +33,7 @@ def main() -> None:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=kind, default=default, help=f"{about}; {low} to {high}{shown}")
     parser.add_argument(
-        "--preset", choices=PRESETS, help="turbo where a few-step LoRA is given, else quality, if omitted"
+        "--preset", choices=PRESETS, default="auto", help="auto is turbo where a few-step LoRA is given, else quality"
     )
     parser.add_argument("--out", type=Path, help="the file to write (default outputs/<prompt>-<seed>.mp4)")
     parser.add_argument("--weights", default=os.environ.get("T2V_WEIGHTS") or str(ROOT / "weights" / "demo"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2v import weights
-from t2v.errors import InvalidRequest, WeightsError
+from t2v import memory, weights
+from t2v.errors import InvalidRequest, OutOfMemory, WeightsError
 from t2v.graph import Function, Graphs
 from t2v.lora import Merged, parse, read
 from t2v.networks import empty
@@ -21,12 +22,35 @@ from t2v.sampler import FewStep, Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
 from t2v.unet3d import UNet3D
 from t2v.upsample import fold
-from t2v.vae import VAE
+from t2v.vae import CHUNK_PIXELS, VAE
 
 Progress = Callable[[str, int, int], None]
 
 TRACE_AFTER = 50  # steps of one shape on a CPU
+MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request is fitted into memory.
+
+    Attributes:
+        rows: of the guided pair that the denoiser computes at once.
+        chunk_pixels: decoded at once, one frame at least.
+    """
+
+    rows: int
+    chunk_pixels: int
+
+    def __str__(self) -> str:
+        return f"{'usual' if self == USUAL else 'lean'}, {self.rows} rows and {self.chunk_pixels} pixels at once"
+
+
+USUAL, LEAN = Plan(2, CHUNK_PIXELS), Plan(1, CHUNK_PIXELS // 8)
+MARGIN = 1.1  # of memory planned with: what the libraries take for themselves
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,7 @@ class Engine:
         self.solver: Solver = solver
         self.merged = merged
         # A trace takes seconds, which a CPU's first request would not win back.
-        self.step: Function = Graphs(self._step, after=0 if text.encoder.device.type == "cuda" else TRACE_AFTER)
+        self.step: Function = Graphs(self._step, after=0 if self.device.type == "cuda" else TRACE_AFTER)
 
     @classmethod
     def load(
@@ -161,14 +185,39 @@ class Engine:
             An iterator of (n, H, W, 3) uint8 RGB arrays, request.num_frames frames in all.
 
         Raises:
-            InvalidRequest: the size does not suit this model.
+            InvalidRequest: this model cannot do it.
+            OutOfMemory: it does not fit the device; known before the work where that can be, else during it.
         """
-        latents = self.denoised(request, progress)
-        return self._decoded(latents, progress)
+        plan = self.plan(request)
+        latents = self.denoised(request, progress, plan)
+        return self._decoded(latents, plan, progress)
+
+    def denoised(
+        self, request: Request, progress: Progress = lambda stage, done, total: None, plan: Plan | None = None
+    ) -> Tensor:
+        """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding.
+
+        Where memory runs out although there seemed to be enough, it is tried once more with the leanest plan.
+        """
+        plan = plan or self.plan(request)
+        log.info("Memory plan: %s", plan)
+        while True:
+            try:
+                return self._denoised(request, plan, progress)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.exhausted(error):
+                    raise
+            # Here, where the error no longer holds on to tensors.
+            self.release()
+            if plan is LEAN:
+                raise OutOfMemory(
+                    f"{self._size_of(request)}: the device's memory ran out; ask for fewer frames or pixels."
+                )
+            plan = LEAN
+            log.warning("Memory ran out. Memory plan: %s", plan)
 
     @torch.inference_mode()
-    def denoised(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Tensor:
-        """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding."""
+    def _denoised(self, request: Request, plan: Plan, progress: Progress) -> Tensor:
         sampling = self.sampling(request)
         self._adapt(sampling)
         steps = self.schedule.steps(sampling.solver, sampling.steps)
@@ -182,19 +231,28 @@ class Engine:
         moments = self.unet.moments(torch.tensor([step.t for step in steps], device=noise.device), sampling.embedded)
         coefficients = torch.tensor([step.coefficients for step in steps], dtype=torch.float64, device=noise.device)
         guidance = torch.tensor(sampling.guidance_scale, device=noise.device)
+        step = self.step if plan.rows > 1 else functools.partial(self._step, rows=plan.rows)
 
         def advance(i: int, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
             other = next(draws) if steps[i].fresh else previous
-            x, x_0 = self.step(x, other, moments[i : i + 1], condition, guidance, coefficients[i])
+            x, x_0 = step(x, other, moments[i : i + 1], condition, guidance, coefficients[i])
             return x, x_0
 
         return denoise(advance, noise, len(steps), lambda done, total: progress("denoise", done, total))
 
     def _step(
-        self, x: Tensor, other: Tensor, moment: Tensor, condition: Tensor, guidance: Tensor, coefficients: Tensor
+        self,
+        x: Tensor,
+        other: Tensor,
+        moment: Tensor,
+        condition: Tensor,
+        guidance: Tensor,
+        coefficients: Tensor,
+        rows: int = USUAL.rows,
     ) -> tuple[Tensor, ...]:
         """One denoising step, of tensors alone: network, guidance, update. In float32 around the network."""
-        prediction = self.unet.run(x.to(moment.dtype), moment, condition).float()
+        latents = x.to(moment.dtype)
+        prediction = torch.cat([self.unet.run(latents, moment, part).float() for part in condition.split(rows)])
         if len(condition) == 2:
             prediction = guided(prediction, guidance)
         return update(x, other, prediction, coefficients)
@@ -202,10 +260,51 @@ class Engine:
     def warm_up(self) -> None:
         """Pay now what the first request would pay: libraries, algorithms and, on CUDA, the recording of the default
         shape. Elsewhere one small frame will do."""
-        cuda = self.text.encoder.device.type == "cuda"
+        cuda = self.device.type == "cuda"
         small: dict[str, Any] = {} if cuda else {"num_frames": 1, "width": 16, "height": 16}
         for _ in self.generate(Request(num_inference_steps=1, seed=0, **small)):
             pass
+
+    def release(self) -> None:
+        """Give back all memory that no request needs to hold."""
+        if isinstance(self.step, Graphs):
+            self.step.clear()
+        memory.release(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.encoder.device
+
+    def plan(self, request: Request) -> Plan:
+        """How the request fits into the memory that is free now.
+
+        Raises:
+            InvalidRequest: this model cannot do it, or it is more work than one request may be.
+            OutOfMemory: it does not fit; the message says how many frames would.
+        """
+        rows = 1 if self.sampling(request).guidance_scale == 1 else 2
+        height, width = self.size(request)
+        work = request.num_frames * height * width * self.sampling(request).steps
+        if work > MAX_WORK:
+            raise InvalidRequest(
+                f"{self._size_of(request)} in {request.num_inference_steps} steps is {work / MAX_WORK:.1f} times the "
+                "work allowed in one request; ask for fewer frames, pixels or steps."
+            )
+        for plan in (USUAL, LEAN):
+            free = memory.free(self.device)
+            chunk = max(1, min(request.num_frames, plan.chunk_pixels // (height * width)))
+            decoding = MARGIN * self.vae.workspace(chunk, height, width)
+            denoising = MARGIN * self.unet.workspace(min(rows, plan.rows), self._shape(request))
+            if free is None or max(denoising, decoding) <= free:
+                return plan
+            self.release()
+        assert free is not None
+        frames = 0 if decoding > free else int(request.num_frames * free / denoising)
+        advice = f"ask for at most {frames} frames of that size" if frames else "ask for a smaller size"
+        raise OutOfMemory(
+            f"{self._size_of(request)} need {max(denoising, decoding) / 1e9:.1f} GB of the device's memory and "
+            f"{free / 1e9:.1f} GB are free; {advice}."
+        )
 
     def noise(self, request: Request) -> Tensor:
         """(1, channels, F, h, w) float32: what denoising starts from."""
@@ -216,11 +315,10 @@ class Engine:
 
         Drawn on the CPU: one seed, one noise, on every device.
         """
-        height, width = self.size(request)
-        shape = (1, self.vae.channels, request.num_frames, height // self.vae.factor, width // self.vae.factor)
+        shape = self._shape(request)
         generator = torch.Generator().manual_seed(int(request.seed or 0))
         while True:
-            yield torch.randn(shape, generator=generator).to(self.text.encoder.device)
+            yield torch.randn(shape, generator=generator).to(self.device)
 
     def size(self, request: Request) -> tuple[int, int]:
         """(height, width) in pixels of the video the request asks for."""
@@ -229,6 +327,14 @@ class Engine:
             raise InvalidRequest(f"width and height must be multiples of {self.vae.factor}, not {width}x{height}.")
         return height, width
 
+    def _shape(self, request: Request) -> tuple[int, ...]:
+        height, width = self.size(request)
+        return 1, self.vae.channels, request.num_frames, height // self.vae.factor, width // self.vae.factor
+
+    def _size_of(self, request: Request) -> str:
+        height, width = self.size(request)
+        return f"{request.num_frames} frames of {width}x{height}"
+
     def sampling(self, request: Request) -> Sampling:
         """How a request is sampled.
 
@@ -236,7 +342,9 @@ class Engine:
             InvalidRequest: it asks for what the installed model cannot do.
         """
         few = self.merged.lora.few_step if self.merged else None
-        preset = request.preset or ("turbo" if few else "quality")
+        preset = request.preset
+        if preset == "auto":
+            preset = "turbo" if few else "quality"
         n = request.num_inference_steps
         if preset != "turbo":
             scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -276,10 +384,10 @@ class Engine:
         """Merge a few-step adaptation for the requests that are sampled so, and take it out for the others."""
         wanted = self._adapted(sampling)
         if self.merged and wanted != self.merged.active:
-            self.merged.merge() if wanted else self.merged.undo()
             self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
             if isinstance(self.step, Graphs):
                 self.step.forget()
+            self.merged.merge() if wanted else self.merged.undo()
 
     def _adapted(self, sampling: Sampling) -> bool:
         """Whether a request is made with the adaptation: always with a plain one."""
@@ -290,12 +398,17 @@ class Engine:
         """What the denoiser reads from the empty prompt; computed at the first guided request."""
         return self.unet.condition(self.text.encode([""]))
 
-    def _decoded(self, latents: Tensor, progress: Progress) -> Iterator[np.ndarray]:
+    def _decoded(self, latents: Tensor, plan: Plan, progress: Progress) -> Iterator[np.ndarray]:
         done = 0
-        for frames in self.vae.decode(latents):
-            done += len(frames)
-            progress("decode", done, latents.shape[2])
-            yield frames
+        try:
+            for frames in self.vae.decode(latents, plan.chunk_pixels):
+                done += len(frames)
+                progress("decode", done, latents.shape[2])
+                yield frames
+        except (RuntimeError, MemoryError) as error:
+            if not memory.exhausted(error):
+                raise
+            raise OutOfMemory("The device's memory ran out in decoding; ask for a smaller size.") from error
 
 
 def _device(name: str) -> torch.device:

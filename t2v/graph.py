@@ -52,7 +52,7 @@ class Graphs:
             try:
                 self.recordings[key] = Recording(self.function, inputs, next(iter(self.recordings.values()), None))
             except torch.OutOfMemoryError:
-                self.recordings.clear()
+                self.clear()
                 raise
             except RuntimeError as error:
                 log.warning("Runs without recordings, slower: %s", error)
@@ -61,6 +61,10 @@ class Graphs:
                 return self.function(*inputs)
         self.recordings.move_to_end(key)
         return self.recordings[key](*inputs)
+
+    def clear(self) -> None:
+        """Give up all recordings and their memory."""
+        self.recordings.clear()
 
     def forget(self) -> None:
         """To be called when the function's weights have changed: a trace may hold copies of them. A CUDA graph reads

@@ -76,17 +76,16 @@ class Merged:
         self.lora = lora
         self.scale = scale
         self.originals: dict[str, Tensor] = {}
+        self.active: bool | None = False  # None while it is neither in nor out, and for ever if that is interrupted
         self.merge()
-
-    @property
-    def active(self) -> bool:
-        return bool(self.originals)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add the adaptation; the original weights wait in the CPU's memory. Nothing happens if it is in already."""
-        if self.originals:
+        if self.active:
             return
+        self.undo()
+        self.active = None
         if COND_PROJ in self.lora.deltas:
             self.unet.time_embedding.add_guidance()
         layers = dict(self.unet.named_modules())
@@ -97,10 +96,12 @@ class Merged:
             delta = self.lora.delta(name).to(weight.device).view(weight.shape)
             weight.copy_(weight.float() + self.scale * delta)
         fold(self.unet)
+        self.active = True
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original weights back, bit for bit; also what an interrupted call has left."""
+        self.active = None
         layers = dict(self.unet.named_modules())
         for name, original in self.originals.items():
             weight = layers[name].weight
@@ -110,6 +111,7 @@ class Merged:
         if COND_PROJ in self.lora.deltas:
             self.unet.time_embedding.cond_proj = None
         fold(self.unet)
+        self.active = False
 
 
 def parse(text: str) -> tuple[Path, float]:

@@ -20,7 +20,7 @@ BOUNDS = {
 }
 MODELS_OWN = ("guidance_scale", "width", "height")  # None stands for what suits the model
 UNITS = {"width": "pixels", "height": "pixels"}
-PRESETS = ("quality", "fast", "turbo")
+PRESETS = ("auto", "quality", "fast", "turbo")
 SIZE_MULTIPLE = 8  # pixels to one latent
 
 
@@ -37,7 +37,7 @@ class Request:
         guidance_scale: weight of the prompt against the empty prompt, 1 to 30; 1 is no guidance; None is the model's
             own, which for the 1.7B model is 9.
         preset: "quality" takes the steps asked for; "fast" at most 20; "turbo", with a few-step model, at most 8, and 4
-            where more are asked for; None is turbo where a few-step model is installed, else quality.
+            where more are asked for; "auto" is turbo where a few-step model is installed, else quality.
         width, height: pixels, multiples of 8, 16 to 1024; None is the model's native size.
 
     Raises:
@@ -52,7 +52,7 @@ class Request:
     guidance_scale: float | None = None
     width: int | None = None
     height: int | None = None
-    preset: str | None = None
+    preset: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -63,7 +63,7 @@ class Request:
             raise InvalidRequest(f"prompt has {len(self.prompt)} characters; at most {MAX_PROMPT} are allowed.")
         if self.seed is None:
             object.__setattr__(self, "seed", random.SystemRandom().randint(0, MAX_SEED))
-        if self.preset not in (None, *PRESETS):
+        if self.preset not in PRESETS:
             raise InvalidRequest(f"preset must be one of {', '.join(PRESETS)}, not {_shown(self.preset)}.")
         for field in fields(self):
             value = getattr(self, field.name)

@@ -7,6 +7,7 @@ padded here, and transformers only does the byte-pair encoding in between.
 
 import html
 import logging
+import unicodedata
 from typing import Any, cast
 
 import ftfy
@@ -41,15 +42,17 @@ class Text:
     def tokenize(self, prompts: list[str]) -> Tensor:
         """(n, 77) int64 token ids: start, words, end, zeros.
 
-        A prompt of more than 75 tokens is cut there; a warning in the log quotes what was cut.
+        A prompt of more than 75 tokens is cut there; a warning in the log says so. So does one for words in a script
+        other than Latin, of which the model has seen hardly any.
         """
         rows = torch.full((len(prompts), LENGTH), PAD, dtype=torch.int64)
         for row, prompt in zip(rows, prompts):
             words = cast(list[int], self.tokenizer.encode(clean(prompt), add_special_tokens=False))
             if len(words) > LENGTH - 2:
-                cut = self.tokenizer.decode(words[LENGTH - 2 :])
-                log.warning("The prompt is longer than %d tokens; not used: %r", LENGTH - 2, cut)
+                log.warning("The prompt has %d tokens; only the first %d are used.", len(words), LENGTH - 2)
                 words = words[: LENGTH - 2]
+            if any(c.isalpha() and not unicodedata.name(c, "").startswith("LATIN") for c in prompt):
+                log.warning("The prompt has letters that are not Latin; the model understands English only.")
             ids = [START, *words, END]
             row[: len(ids)] = torch.tensor(ids)
         return rows

@@ -38,6 +38,11 @@ Signals = dict[nn.Module, Any]
 # The first temporal transformer always has 8 heads, whatever its width; the original hard-codes it.
 TRANSFORMER_IN_HEADS = 8
 
+# Values held at the peak for every latent position: in the last block of the way up so many times the first width, for
+# each row; in the first temporal transformer, where there is one row in any case, so many times its own. Counted.
+PEAK = 21
+PEAK_IN = 15
+
 # Sinusoids of the guidance scale, for the few-step models that take it as an input.
 GUIDANCE_EMBEDDING = 256
 
@@ -152,6 +157,20 @@ class UNet3D(nn.Module):
         """
         t = torch.as_tensor(t, device=latents.device).reshape(-1)
         return self.run(latents, self.moments(t), self.condition(context))
+
+    def workspace(self, rows: int, shape: tuple[int, ...]) -> int:
+        """Bytes that `run` takes at its peak beside the weights.
+
+        Args:
+            rows: 1 or 2.
+            shape: (1, channels, F, h, w) of the latents.
+        """
+        _, _, n, h, w = shape
+        values = max(
+            PEAK * rows * self.config.block_out_channels[0],
+            PEAK_IN * TRANSFORMER_IN_HEADS * self.config.attention_head_dim,
+        )
+        return values * n * h * w * self.conv_in.weight.element_size()
 
     def moments(self, t: Tensor, guidance: float | None = None) -> Tensor:
         """What the network reads from timesteps (n,): (n, d), the terms of all residual blocks side by side.

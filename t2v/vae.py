@@ -1,5 +1,6 @@
 """Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +11,16 @@ from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
+from t2v import memory
 from t2v.upsample import Upsample
 
 # Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16.
 CHUNK_PIXELS = 2**19
+
+# Values held at the decoder's peak for every pixel and channel of its last layers; counted.
+PEAK = 6
+
+log = logging.getLogger(__name__)
 
 
 class VAE:
@@ -31,24 +38,41 @@ class VAE:
         self.channels: int = config.latent_channels
         self.scale: float = config.scaling_factor
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Decode chunk by chunk.
+    def workspace(self, frames: int, height: int, width: int) -> int:
+        """Bytes that decoding so many frames at once takes at its peak, beside the weights."""
+        config = self.autoencoder.config
+        return PEAK * config.block_out_channels[0] * frames * height * width * self.autoencoder.dtype.itemsize
+
+    def decode(self, latents: Tensor, chunk_pixels: int = CHUNK_PIXELS) -> Iterator[np.ndarray]:
+        """Decode chunk by chunk; in chunks half as large, and half again, where memory runs out.
 
         Args:
             latents: (1, channels, F, h, w), any float dtype.
+            chunk_pixels: to decode at once, one frame at least.
 
         Yields:
             (n, H, W, 3) uint8 RGB, F frames in all. Values are rounded to the nearest; the original truncated.
         """
         images = latents[0].transpose(0, 1)  # (F, channels, h, w)
-        size = max(1, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1] * self.factor**2))
+        size = max(1, chunk_pixels // (images.shape[-2] * images.shape[-1] * self.factor**2))
         # On a GPU the next chunk is under way while the caller works on this one.
         ahead = 1 if images.is_cuda else 0
         started: deque[Callable[[], np.ndarray]] = deque()
-        for chunk in images.split(size):
-            started.append(self._decode(chunk))
-            if len(started) > ahead:
-                yield started.popleft()()
+        rest = images
+        while len(rest):
+            try:
+                started.append(self._decode(rest[:size]))
+                rest = rest[size:]
+            except (RuntimeError, MemoryError) as error:
+                size = min(size, len(rest)) // 2
+                if not (size and memory.exhausted(error)):
+                    raise
+            else:
+                if len(started) > ahead:
+                    yield started.popleft()()
+                continue
+            log.warning("Memory ran out in decoding; on with %d frames at once.", size)
+            memory.release(images.device)  # here, where the error no longer holds on to tensors
         for finish in started:
             yield finish()
 

@@ -155,7 +155,7 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
         if key in state and state[key].shape != expected[key].shape
     ]
     if wrong:
-        raise WeightsError(f"{path} does not fit {network}/config.json: {some(wrong)}.")
+        raise WeightsError(f"{path} does not fit {network}/config.json: {some(wrong)}; download it again.")
     for key, tensor in state.items():
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         memory_format = formats.get(tensor.ndim, torch.contiguous_format)

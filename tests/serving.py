@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def serve(
     schema: bool = True,
     predictor: str | None = None,
     before: Callable[[], None] | None = None,
+    inside: Sequence[str] = (),
     **environment: str,
 ) -> Iterator[Server]:
     """Cog's server on a copy of the project by links.
@@ -95,6 +96,7 @@ def serve(
         schema: whether the generated schema is there.
         predictor: source of a predict.py to take instead.
         before: called in the server's process before it starts.
+        inside: a command that runs the server's, which follows it.
         environment: variables to add.
     """
     folder.mkdir()
@@ -123,7 +125,7 @@ def serve(
         environment["T2V_WEIGHTS"] = str(weights)
     with (folder / "server.log").open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+            [*inside, sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
             cwd=folder,
             env=environment,
             stdout=stream,

@@ -10,11 +10,12 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
 
-from conftest import DEMO
-from t2v import vae
-from t2v.engine import Engine
-from t2v.errors import InvalidRequest
+from conftest import DEMO, TINY_UNET
+from t2v import memory
+from t2v.engine import LEAN, USUAL, Engine
+from t2v.errors import InvalidRequest, OutOfMemory
 from t2v.request import Request
+from t2v.unet3d import UNet3D, UNet3DConfig
 from t2v.video import write_video
 
 
@@ -118,16 +119,13 @@ def test_bfloat16_runs_and_stays_near(tiny_folder: Path, tiny: Engine):
     )
 
 
-def test_frames_are_not_collected_on_their_way_to_the_file(
-    tiny: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_frames_are_not_collected_on_their_way_to_the_file(tiny: Engine, tmp_path: Path):
     """Of 20 chunks at most two exist at a time: the one being encoded and the one being decoded."""
-    monkeypatch.setattr(vae, "CHUNK_PIXELS", 2 * 32 * 32)
     chunks: list[weakref.ref] = []
     alive: list[int] = []
 
     def watched() -> Iterator[np.ndarray]:
-        for frames in tiny.vae.decode(torch.randn(1, 4, 40, 4, 4)):
+        for frames in tiny.vae.decode(torch.randn(1, 4, 40, 4, 4), chunk_pixels=2 * 32 * 32):
             chunks.append(weakref.ref(frames))
             alive.append(sum(chunk() is not None for chunk in chunks))
             yield frames
@@ -140,3 +138,50 @@ def test_metadata_says_what_was_made_and_by_what(tiny: Engine):
     metadata = tiny.metadata(Request("x", seed=0, num_inference_steps=7))
     assert metadata["model"] == "tiny" and metadata["seed"] == 0 and metadata["num_inference_steps"] == 7
     assert (metadata["width"], metadata["height"], metadata["prompt"]) == (32, 32, "x")
+
+
+def test_the_lean_plan_gives_the_same_frames(tiny: Engine):
+    request = Request("a circle", num_frames=4, num_inference_steps=5, seed=3)
+    usual, lean = (tiny.denoised(request, plan=plan) for plan in (USUAL, LEAN))
+    assert torch.allclose(usual, lean, atol=1e-4)
+    whole, single = (np.concatenate(list(tiny.vae.decode(usual, chunk_pixels=n))) for n in (2**19, 1))
+    assert np.abs(whole.astype(int) - single).max() <= 1
+
+
+def test_memory_is_planned_with_before_the_work(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+    request = Request(num_frames=128, width=512, height=512, num_inference_steps=1)
+    monkeypatch.setattr(tiny, "unet", UNet3D(UNet3DConfig.from_dict(TINY_UNET | {"attention_head_dim": 1})))
+    shape = (1, 4, 128, 64, 64)
+    one, two = (tiny.unet.workspace(rows, shape) for rows in (1, 2))
+    assert two == 2 * one
+    monkeypatch.setattr(tiny, "_denoised", lambda *_: pytest.fail("work was done"))
+    for free, plan in ((None, USUAL), (1.2 * two, USUAL), (0.9 * two, LEAN), (1.2 * one, LEAN)):
+        monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+        assert tiny.plan(request) == plan
+    monkeypatch.setattr(memory, "free", lambda device: one / 2)
+    with pytest.raises(OutOfMemory, match="128 frames of 512x512 need .* ask for at most 58 frames of that size"):
+        tiny.generate(request)
+    monkeypatch.setattr(memory, "free", lambda device: 1000)
+    with pytest.raises(OutOfMemory, match="ask for a smaller size"):
+        tiny.generate(request)
+
+
+def test_a_request_may_not_be_endless_work(tiny: Engine):
+    with pytest.raises(InvalidRequest, match="128 frames of 1024x1024 in 500 steps is 3.9 times the work allowed"):
+        tiny.generate(Request(num_frames=128, width=1024, height=1024, num_inference_steps=500))
+
+
+def test_decoding_goes_on_in_smaller_chunks_where_memory_runs_out(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+    latents = torch.randn(1, 4, 7, 4, 4)
+    expected = np.concatenate(list(tiny.vae.decode(latents)))
+    decode, sizes = tiny.vae._decode, []
+
+    def small(images: torch.Tensor):
+        sizes.append(len(images))
+        if len(images) > 2:
+            torch.empty(2**50)
+        return decode(images)
+
+    monkeypatch.setattr(tiny.vae, "_decode", small)
+    assert np.abs(np.concatenate(list(tiny.vae.decode(latents))).astype(int) - expected).max() <= 1
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]

@@ -276,3 +276,24 @@ def test_a_plain_lora_stays_in(tiny_folder: Path, tiny: Engine, tmp_path: Path):
     request = Request("x", num_frames=1, num_inference_steps=2, seed=0)
     assert not torch.equal(engine.denoised(request), tiny.denoised(request))
     assert engine.metadata(request)["lora"] == "style:1" and engine.sampling(request).preset == "quality"
+
+
+@pytest.mark.parametrize("where", ["merge", "undo"])
+def test_an_interrupted_change_of_weights_is_mended_at_the_next(tiny_folder: Path, mcm_folder: Path, where: str):
+    """A prediction may be cancelled between any two operations."""
+    engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
+    merged = engine.merged
+    assert merged
+    few = {name: p.clone() for name, p in engine.unet.state_dict().items()}
+    quick = {"num_frames": 1, "num_inference_steps": 1, "seed": 0}
+    turbo, quality = (engine.denoised(Request(preset=preset, **quick)) for preset in ("turbo", "quality"))
+    if where == "undo":
+        engine.denoised(Request(preset="turbo", **quick))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("t2v.lora.fold", lambda unet: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            engine.denoised(Request(preset="turbo" if where == "merge" else "quality", **quick))
+    assert merged.active is None
+    assert torch.equal(engine.denoised(Request(preset="quality", **quick)), quality)
+    assert torch.equal(engine.denoised(Request(preset="turbo", **quick)), turbo)
+    assert all(torch.equal(p, few[name]) for name, p in engine.unet.state_dict().items())

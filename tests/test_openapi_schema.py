@@ -56,6 +56,10 @@ def test_every_default_and_limit_of_the_inputs():
         "num_inference_steps": {"type": "integer", "default": 50, "minimum": 1, "maximum": 500},
         "fps": {"type": "integer", "default": 8, "minimum": 1, "maximum": 60},
         "seed": {"type": "integer", "default": None, "nullable": True, "minimum": 0, "maximum": 4294967295},
+        "guidance_scale": {"type": "number", "default": None, "nullable": True, "minimum": 1, "maximum": 30},
+        "width": {"type": "integer", "default": None, "nullable": True, "minimum": 16, "maximum": 1024},
+        "height": {"type": "integer", "default": None, "nullable": True, "minimum": 16, "maximum": 1024},
+        "preset": {"allOf": [{"$ref": "#/components/schemas/preset"}], "default": "auto"},
     }
     assert "required" not in inputs()
 

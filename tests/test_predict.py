@@ -1,5 +1,6 @@
 """The predictor, called as Cog calls it but without a server; test_server.py has the server."""
 
+import inspect
 import re
 import threading
 from pathlib import Path
@@ -9,10 +10,15 @@ import torch
 
 import predict
 from predict import Predictor
-from t2v.errors import InvalidRequest, WeightsError
+from t2v.errors import InvalidRequest, T2VError, WeightsError
 from t2v.video import read_metadata, read_video
 
-INPUTS = {"prompt": "a red circle", "num_frames": 2, "num_inference_steps": 3, "fps": 5, "seed": 0}
+# Every input: without a server an omitted one arrives as Cog's FieldInfo.
+INPUTS = {
+    name: field.default.default
+    for name, field in inspect.signature(Predictor.predict).parameters.items()
+    if name != "self"
+} | {"prompt": "a red circle", "num_frames": 2, "num_inference_steps": 3, "fps": 5, "seed": 0}
 
 
 @pytest.fixture
@@ -25,8 +31,7 @@ def predictor(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
 
 
 def run(predictor: Predictor, **inputs) -> Path:
-    """Call predict() with every argument: without a server an omitted one would arrive as Cog's FieldInfo. In another
-    thread than setup(), as the server does."""
+    """Call predict() in another thread than setup(), as the server does."""
     result: list[Path | Exception] = []
 
     def call() -> None:
@@ -81,17 +86,32 @@ def test_bad_input_is_refused_before_any_work_and_loses_nothing(predictor: Predi
     assert kept.exists()
 
 
-def test_a_failure_leaves_no_file_and_a_traceback_in_the_log(
-    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "error, healthy",
+    [
+        (RuntimeError("decoder broke at 0x7f0000"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_failure_leaves_no_file_and_a_traceback_in_the_log_alone(
+    predictor: Predictor,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    healthy: bool,
 ):
     def fail(latents: torch.Tensor):
-        raise RuntimeError("decoder broke")
+        raise error
 
     monkeypatch.setattr(predictor.engine.vae, "_decode", fail)
-    with pytest.raises(RuntimeError, match="decoder broke"):
+    with pytest.raises(T2VError) as caught:
         run(predictor)
+    assert str(caught.value).startswith(f"An internal error ({type(error).__name__}); the container's log says more.")
     assert not list(predictor.outputs.iterdir())
-    assert "Traceback" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "Traceback" in err and str(error) in err
+    assert predictor.healthcheck() == healthy
 
 
 def test_metrics_without_a_server_do_not_fail_a_prediction(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):

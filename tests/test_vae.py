@@ -1,8 +1,6 @@
 import numpy as np
-import pytest
 import torch
 
-from t2v import vae as module
 from t2v.engine import Engine
 
 
@@ -17,19 +15,17 @@ def test_decodes_as_diffusers_does(tiny: Engine):
     assert np.abs(frames - expected).max() <= 0.5 + 1e-3  # nearest value, not truncated
 
 
-def test_chunks_are_bounded_and_equal_the_whole(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_are_bounded_and_equal_the_whole(tiny: Engine):
     latents = torch.randn(1, 4, 7, 4, 4)
     whole = list(tiny.vae.decode(latents))
-    monkeypatch.setattr(module, "CHUNK_PIXELS", 3 * 32 * 32)
-    chunks = list(tiny.vae.decode(latents))
+    chunks = list(tiny.vae.decode(latents, chunk_pixels=3 * 32 * 32))
     assert [len(c) for c in chunks] == [3, 3, 1] and len(whole) == 1
     difference = np.abs(np.concatenate(chunks).astype(int) - whole[0])
     assert difference.max() <= 1 and difference.mean() < 0.01
 
 
-def test_one_frame_larger_than_a_chunk(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "CHUNK_PIXELS", 1)
-    assert [len(c) for c in tiny.vae.decode(torch.randn(1, 4, 2, 2, 2))] == [1, 1]
+def test_one_frame_larger_than_a_chunk(tiny: Engine):
+    assert [len(c) for c in tiny.vae.decode(torch.randn(1, 4, 2, 2, 2), chunk_pixels=1)] == [1, 1]
 
 
 def test_scale_and_factor_come_from_the_config(tiny: Engine):

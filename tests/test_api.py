@@ -1,0 +1,159 @@
+"""docs/api.md: its tables are what the real server does, and its clients work against it.
+
+    T2V_WRITE_DOCS=1 scripts/test tests/test_api.py
+
+writes the tables anew.
+"""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+import openapi_schema
+from conftest import ROOT
+from serving import Server, serve
+
+PAGE = ROOT / "docs" / "api.md"
+JSON = {"Content-Type": "application/json"}
+QUICK = {"prompt": "a circle", "num_frames": 1, "num_inference_steps": 1, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("api") / "server", tiny_folder) as started:
+        yield started
+
+
+def check(name: str, table: str) -> None:
+    """The page holds this table; or is made to."""
+    page = PAGE.read_text()
+    found = re.search(rf"(<!-- {name}: [^\n]* -->\n)(.*?)(<!-- end -->)", page, re.DOTALL)
+    assert found
+    if os.environ.get("T2V_WRITE_DOCS") == "1":
+        PAGE.write_text(page[: found.end(1)] + table + page[found.start(3) :])
+    else:
+        assert found[2] == table
+
+
+def rows(*cells: tuple[object, ...]) -> str:
+    head, *rest = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in cells]
+    return "\n".join([f"| {head} |", "|" + "---|" * len(cells[0]), *(f"| {row} |" for row in rest)]) + "\n"
+
+
+def test_the_table_of_inputs():
+    document = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "0.23.1")["components"][
+        "schemas"
+    ]
+    lines: list[tuple[object, ...]] = [("input", "type", "default", "allowed", "meaning")]
+    for name, entry in document["Input"]["properties"].items():
+        choices = document[name]["enum"] if "allOf" in entry else None
+        allowed = f"{entry['minimum']} to {entry['maximum']}" if "minimum" in entry else ""
+        kind = "string" if choices else "file" if entry.get("format") == "uri" else entry["type"]
+        default = "" if entry["default"] is None else f"`{entry['default']}`" if entry["default"] != "" else "empty"
+        lines.append((f"`{name}`", kind, default, ", ".join(choices) if choices else allowed, entry["description"]))
+    check("inputs", rows(*lines))
+
+
+def shown(body: str) -> str:
+    """A body with what differs from run to run, and its long parts, left out."""
+    body = re.sub(r"pred_\w+", "pred_...", body)
+    body = re.sub(r"base64,[\w+/=]+", "base64,...", body)
+    body = re.sub(r'"logs":"(\\.|[^"\\])*"', '"logs":"..."', body)
+    body = re.sub(r'"metrics":{[^}]*}', '"metrics":{...}', body)
+    return f"`` {body} ``" if "`" in body else f"`{body}`"
+
+
+def test_the_table_of_statuses(server: Server):
+    url = f"{server.url}/predictions"
+
+    def post(body: dict[str, Any] | str, **headers: str) -> requests.Response:
+        data = body if isinstance(body, str) else json.dumps(body)
+        return server.patiently(lambda: requests.post(url, data, headers=JSON | headers, timeout=60))
+
+    seen: list[tuple[str, requests.Response]] = [
+        ("it worked", post({"input": QUICK})),
+        ("the server lets it through, the model cannot do it", post({"input": QUICK | {"prompt": " "}})),
+        ("likewise", post({"input": QUICK | {"width": 100}})),
+        (
+            "likewise",
+            post({"input": QUICK | {"num_frames": 128, "num_inference_steps": 500, "width": 1024, "height": 1024}}),
+        ),
+        ("likewise", post({"input": QUICK | {"preset": "turbo"}})),
+        ("beyond a limit", post({"input": QUICK | {"num_frames": 0}})),
+        ("of another type", post({"input": QUICK | {"fps": "8"}})),
+        ("not one of the choices", post({"input": QUICK | {"preset": "best"}})),
+        ("null", post({"input": QUICK | {"seed": None}})),
+        ("no JSON", post('{"input": ')),
+        (
+            "JSON, but not sent as JSON",
+            requests.post(url, '{"input": {}}', headers={"Content-Type": "text/plain"}, timeout=9),
+        ),
+        ("more than 100 MiB", post('{"input": {"prompt": "%s"}}' % ("a" * (101 * 2**20)))),
+        ("cancelling what does not run", requests.post(f"{url}/other/cancel", timeout=9)),
+    ]
+    slow = QUICK | {"num_frames": 64, "num_inference_steps": 500}
+    background = {"Prefer": "respond-async"}
+    ask = {"data": json.dumps({"input": slow}), "headers": JSON | background, "timeout": 9}
+    seen.append(("started in the background", server.patiently(lambda: requests.put(f"{url}/mine", **ask))))
+    seen.append(("while another one runs", requests.post(url, json={"input": QUICK}, timeout=9)))
+    seen.append(("asking how it is", requests.put(f"{url}/mine", json={"input": {"prompt": " "}}, timeout=9)))
+    seen.append(("cancelling it", requests.post(f"{url}/mine/cancel", timeout=9)))
+    assert {answer.status_code for _, answer in seen} == {200, 202, 400, 404, 409, 413, 415, 422}
+    order = sorted(seen, key=lambda entry: entry[1].status_code)
+    check("statuses", rows(("HTTP", "when", "body"), *((a.status_code, when, shown(a.text)) for when, a in order)))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_the_curl_clients_work(server: Server):
+    received: list[dict[str, Any]] = []
+    arrived = threading.Event()
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+            arrived.set()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Receiver) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        one, background, cancel = blocks("bash")
+
+        def run(command: str) -> str:
+            command = command.replace("http://127.0.0.1:5000", server.url)
+            command = command.replace("127.0.0.1:8000", f"127.0.0.1:{receiver.server_port}")
+            server.until(lambda: server.health()["status"] == "READY", 30, "ready")
+            return subprocess.run(
+                ["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120
+            ).stdout
+
+        assert json.loads(run(one))["status"] == "succeeded"
+        assert json.loads(run(background))["status"] in ("starting", "processing")
+        assert arrived.wait(60)
+        assert received[-1]["status"] == "succeeded" and received[-1]["output"].startswith("data:video/mp4;base64,")
+        assert json.loads(run(cancel)) == {}
+        receiver.shutdown()
+
+
+def test_the_python_client_works(server: Server, tmp_path: Path):
+    (code,) = blocks("python")
+    code = code.replace("http://127.0.0.1:5000", server.url).replace("seed=0", "seed=0, num_frames=64")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+    assert "%|" in done.stdout and "'seed': 0" in done.stdout and (tmp_path / "circle.mp4").stat().st_size > 1000

@@ -1,0 +1,42 @@
+"""Memory: how much is free, how much was used, whether it ran out."""
+
+import psutil
+import pytest
+import torch
+
+from t2v import memory
+
+CPU = torch.device("cpu")
+
+
+def test_free_is_no_more_than_the_machine_has():
+    free = memory.free(CPU)
+    assert free is not None and 0 < free <= psutil.virtual_memory().total
+
+
+def test_a_containers_limit_counts_without_what_it_can_give_back(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    for name, text in (("max", "1000000"), ("current", "900000"), ("stat", "anon 7\ninactive_file 400000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "CGROUPS_ROOT", tmp_path)
+    assert memory.free(CPU) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free(CPU) > 10**6
+
+
+def test_the_peak_is_that_since_the_mark():
+    memory.mark(CPU)
+    before = memory.peak(CPU)
+    held = torch.ones(50_000_000)
+    assert memory.peak(CPU) - before > 150e6
+    del held
+    memory.trim()
+    memory.mark(CPU)
+    assert memory.peak(CPU) - before < 100e6
+
+
+def test_what_running_out_looks_like():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert memory.exhausted(caught.value)
+    assert memory.exhausted(MemoryError()) and memory.exhausted(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not memory.exhausted(RuntimeError("shapes do not fit")) and not memory.exhausted(ValueError("bad_alloc"))
