@@ -26,13 +26,14 @@ import torch
 from cog import BasePredictor, Input, Path
 from tqdm import tqdm
 
-from t2v import memory, watchdog
+from t2v import memory, thread, watchdog
 from t2v.engine import Engine
 from t2v.errors import InvalidRequest, T2VError
 from t2v.request import Request
 from t2v.video import write_video
 
 DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
+COG_FOLDER = FilePath("/tmp/coglet/predictions")  # whatever TMPDIR says
 
 
 class Predictor(BasePredictor):
@@ -43,14 +44,7 @@ class Predictor(BasePredictor):
         logging.getLogger("t2v").setLevel(logging.INFO)
         self.broken = False
         try:
-            self.engine = Engine.load(
-                os.environ.get("T2V_WEIGHTS") or DEMO,
-                device=os.environ.get("T2V_DEVICE") or "auto",
-                dtype=os.environ.get("T2V_DTYPE") or "auto",
-                lora=os.environ.get("T2V_LORA"),
-                compile=os.environ.get("T2V_COMPILE") == "1",
-            )
-            self.engine.warm_up()
+            self.engine = thread.call(load)
         except Exception:
             traceback.print_exc()  # Cog's health check keeps only the error's last line
             raise
@@ -102,7 +96,7 @@ class Predictor(BasePredictor):
                 preset=preset,
             )
             self._tidy()
-            return Path(self._make(request))
+            return Path(thread.call(self._make, request))
         except InvalidRequest:
             raise
         except T2VError:
@@ -146,11 +140,11 @@ class Predictor(BasePredictor):
         and never removes. The newest of those is the one of the prediction that runs now."""
         for old in self.outputs.iterdir():
             old.unlink()
-        folders = sorted(FilePath(tempfile.gettempdir(), "coglet", "predictions").glob("*"), key=os.path.getmtime)
-        for folder in folders[:-1]:
-            with contextlib.suppress(OSError):  # it is not empty
-                for part in [*folder.iterdir(), folder]:
-                    part.rmdir()
+        with contextlib.suppress(OSError):  # another server on this machine was faster
+            for folder in sorted(COG_FOLDER.iterdir(), key=os.path.getmtime)[:-1]:
+                with contextlib.suppress(OSError):  # it is not empty
+                    for part in [*folder.iterdir(), folder]:
+                        part.rmdir()
 
     def _record(self, **metrics: int | float | str | None) -> None:
         """Report metrics; outside a server there is nobody to report to, and a prediction must not fail over one."""
@@ -160,6 +154,18 @@ class Predictor(BasePredictor):
                     self.record_metric(name, value)
             except Exception as error:
                 print(f"Metric {name} was not recorded: {error}", file=sys.stderr)
+
+
+def load() -> Engine:
+    engine = Engine.load(
+        os.environ.get("T2V_WEIGHTS") or DEMO,
+        device=os.environ.get("T2V_DEVICE") or "auto",
+        dtype=os.environ.get("T2V_DTYPE") or "auto",
+        lora=os.environ.get("T2V_LORA"),
+        compile=os.environ.get("T2V_COMPILE") == "1",
+    )
+    engine.warm_up()
+    return engine
 
 
 class Report:

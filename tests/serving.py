@@ -70,7 +70,8 @@ class Server:
     def worker(self) -> psutil.Process:
         """The process that holds the model."""
         children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "_run_worker" in " ".join(child.cmdline()))
+        alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return next(child for child in alive if "_run_worker" in " ".join(child.cmdline()))
 
     def encoders(self) -> list[psutil.Process]:
         return [child for child in self.worker().children(recursive=True) if "ffmpeg" in child.name()]

@@ -23,6 +23,7 @@ ALLOWED = {
     "vae": {"memory", "upsample"},
     "memory": set(),
     "watchdog": set(),
+    "thread": set(),
     "networks": {"errors", "text", "unet3d", "vae"},
     "pickles": {"errors"},
     "convert": {"errors", "networks", "pickles", "unet3d", "weights"},

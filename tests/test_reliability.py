@@ -52,10 +52,15 @@ class Call(threading.Thread):
         return self.answer
 
 
-def reached(server: Server, stage: str) -> bool:
-    """Whether the newest prediction has ended that stage."""
-    newest = server.log.read_text().rpartition('\\"stage\\": \\"request\\"')
-    return stage == "request" and bool(newest[1]) or f'\\"stage\\": \\"{stage}\\"' in newest[2]
+class Stages:
+    """What the log says about the stages of the predictions made after this. (A cancellation within the first
+    milliseconds of a prediction is lost by the server, so a test has to see that it has begun.)"""
+
+    def __init__(self, server: Server):
+        self.log, self.start = server.log, server.log.stat().st_size
+
+    def ended(self, stage: str) -> bool:
+        return f'\\"stage\\": \\"{stage}\\"'.encode() in self.log.read_bytes()[self.start :]
 
 
 def assert_well(server: Server) -> None:
@@ -114,8 +119,9 @@ def test_a_server_terminated_in_a_background_prediction_leaves_nothing_either(ti
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_cancelling_frees_the_server_in_every_stage(server: Server, stage: str):
+    stages = Stages(server)
     server.start(stage, input=LARGE)
-    server.until(lambda: reached(server, stage), 60, f"the end of {stage}")
+    server.until(lambda: stages.ended(stage), 60, f"the end of {stage}")
     server.cancel(stage)
     server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
     assert_well(server)
@@ -123,12 +129,12 @@ def test_cancelling_frees_the_server_in_every_stage(server: Server, stage: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_client_that_goes_away_frees_the_server_in_every_stage(server: Server, stage: str):
+    stages = Stages(server)
     body = json.dumps({"input": LARGE}).encode()
     head = f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(head.encode() + b"\r\n\r\n" + body)
-        server.until(lambda: server.health()["status"] == "BUSY", 20, "a call is under way")
-        server.until(lambda: reached(server, stage), 60, f"the end of {stage}")
+        server.until(lambda: stages.ended(stage), 60, f"the end of {stage}")
     server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
     assert_well(server)
 
@@ -182,24 +188,24 @@ def test_memory_that_runs_out_is_met_with_a_leaner_plan_or_a_sentence(tiny_folde
         worker = limited.worker()
 
         def predict(spare: int) -> tuple[dict[str, Any], list[str]]:
-            """48 frames of 192x192 want some 150 MB, or 75 MB one row at a time."""
+            """128 frames of 192x192 want some 400 MB, or 200 MB one row at a time: in large pieces, so that it is they
+            that fail and not a small one deep in a library. The stacks and arenas of threads take some 100 MB more."""
             most = worker.memory_info().vms + spare * 2**20
             worker.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-            answer = limited.predict(input=QUICK | {"num_frames": 48, "width": 192, "height": 192}).json()
+            answer = limited.predict(input=QUICK | {"num_frames": 128, "width": 192, "height": 192}).json()
             worker.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             return answer, re.findall("Memory plan: ([a-z]+)", answer["logs"])
 
         assert_well(limited)
         resident = worker.memory_info().rss
-        answer, _ = predict(spare=40)
-        assert answer["status"] == "failed" and "OutOfMemory: 48 frames of 192x192: " in answer["error"], answer
-        assert_well(limited)
-        plans = []
-        for spare in (80, 110, 140, 170, 200, 230):  # how much is needed beside depends on the C library
-            answer, plan = predict(spare)
-            assert answer["status"] == "succeeded" or "OutOfMemory: " in answer["error"], answer
-            plans.append(plan)
-        assert ["usual", "lean"] in plans, plans
+        for spare in (400, 480, 560, 640):
+            answer, plans = predict(spare)
+            if answer["status"] == "succeeded":
+                break
+            assert "OutOfMemory: " in answer["error"], answer
+        assert answer["status"] == "succeeded" and plans == ["usual", "lean"], answer.get("error", plans)
+        answer, _ = predict(spare=100)
+        assert answer["status"] == "failed" and "OutOfMemory: 128 frames of 192x192: " in answer["error"], answer
         assert_well(limited)
         assert worker.memory_info().rss - resident < 100 * 2**20
 
@@ -285,8 +291,9 @@ def test_bad_weights_fail_setup_in_one_line(spoil, tiny_folder: Path, tmp_path: 
 )
 def test_no_prompt_breaks_out(server: Server, prompt: str, tmp_path: Path):
     if "\ud83d" in prompt:  # the server refuses it before it reaches us
-        answer = requests.post(f"{server.url}/predictions", data='{"input": {"prompt": "\\ud83d"}}', timeout=30)
-        assert answer.status_code in (400, 415)
+        body, kind = '{"input": {"prompt": "\\ud83d"}}', {"Content-Type": "application/json"}
+        answer = requests.post(f"{server.url}/predictions", body, headers=kind, timeout=30)
+        assert answer.status_code == 400 and "Failed to parse" in answer.text
         return
     answer = server.predict(input=QUICK | {"prompt": prompt}).json()
     assert answer["status"] == "succeeded", answer
