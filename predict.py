@@ -61,7 +61,7 @@ class Predictor(BasePredictor):
     def predict(
         self,
         prompt: str = Input(default="An astronaut riding a horse", description="Input prompt, in English"),
-        num_frames: int = Input(default=16, ge=1, le=128, description="Number of frames for the output video"),
+        num_frames: int = Input(default=16, ge=1, le=256, description="Number of frames for the output video"),
         num_inference_steps: int = Input(default=50, ge=1, le=500, description="Number of denoising steps"),
         fps: int = Input(default=8, ge=1, le=60, description="Frames per second of the output video"),
         seed: int | None = Input(
@@ -81,6 +81,28 @@ class Predictor(BasePredictor):
             choices=["auto", "quality", "fast", "turbo"],
             description="quality takes all steps; fast at most 20; turbo at most 8, with a few-step LoRA installed",
         ),
+        negative_prompt: str = Input(default="", description="What to lead the video away from, in English"),
+        scheduler: str = Input(
+            default="dpm++",
+            choices=["dpm++", "ddim"],
+            description="DPM-Solver++ 2M, or DDIM as the original, which wants more steps; turbo has its own",
+        ),
+        output_format: str = Input(
+            default="mp4", choices=["mp4", "webm", "gif"], description="H.264, VP9, or a GIF that loops"
+        ),
+        quality: int = Input(
+            default=18, ge=1, le=51, description="Constant rate factor of mp4 and webm: 18 looks lossless, 51 is worst"
+        ),
+        window: int | None = Input(
+            default=None,
+            ge=4,
+            le=128,
+            description="Frames denoised together. Left blank, all, or 16 for more than 128 frames or several prompts",
+        ),
+        loop: bool = Input(default=False, description="Whether the first frame shall follow the last"),
+        next_prompts: str = Input(
+            default="", description="What the video shows later on: prompts separated by |, spread evenly along it"
+        ),
     ) -> Path:
         """Make a video. Every keyword is a field of t2v.request.Request."""
         try:
@@ -94,6 +116,13 @@ class Predictor(BasePredictor):
                 width=width,
                 height=height,
                 preset=preset,
+                negative_prompt=negative_prompt,
+                scheduler=scheduler,
+                output_format=output_format,
+                quality=quality,
+                window=window,
+                loop=loop,
+                next_prompts=next_prompts,
             )
             self._tidy()
             return Path(thread.call(self._make, request))
@@ -116,12 +145,12 @@ class Predictor(BasePredictor):
         print(f"Model: {self.engine.describe()}")
         memory.mark(self.engine.device)
         report = Report(request)
-        path = self.outputs / f"t2v-{request.seed}-{uuid.uuid4().hex}.mp4"
+        path = self.outputs / f"t2v-{request.seed}-{uuid.uuid4().hex}.{request.output_format}"
         # Inside, not as a decorator: Cog fills in defaults on the outermost function only. And here, not in setup():
         # gradient mode belongs to the thread, and predict() runs in another one.
         with torch.inference_mode():
             frames = report.decoding(self.engine.generate(request, report.progress))
-            info = write_video(path, frames, request.fps, self.engine.metadata(request))
+            info = write_video(path, frames, request.fps, self.engine.metadata(request), request.quality)
         report.end("encode")
         self._record(
             seed=request.seed,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from t2v.errors import T2VError  # noqa: E402
-from t2v.request import BOUNDS, PRESETS, Request  # noqa: E402
+from t2v.request import BOUNDS, CHOICES, Request  # noqa: E402
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
         ("fps", int, "frames per second"),
         ("seed", int, "random if omitted"),
         ("guidance_scale", float, "weight of the prompt; the model's own if omitted"),
+        ("quality", int, "constant rate factor of the file, less is better"),
+        ("window", int, "frames denoised together; all, or as many as suit the model for long videos, if omitted"),
         ("width", int, "pixels, a multiple of 8; the model's own if omitted"),
         ("height", int, "pixels, a multiple of 8; the model's own if omitted"),
     ):
@@ -32,10 +34,17 @@ def main() -> None:
         shown = "" if default is None else f" (default {default})"
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=kind, default=default, help=f"{about}; {low} to {high}{shown}")
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="auto", help="auto is turbo where a few-step LoRA is given, else quality"
-    )
-    parser.add_argument("--out", type=Path, help="the file to write (default outputs/<prompt>-<seed>.mp4)")
+    parser.add_argument("--negative-prompt", default="", help="what to lead the video away from")
+    parser.add_argument("--next-prompts", default="", help="what the video shows later on, separated by |")
+    parser.add_argument("--loop", action="store_true", help="let the first frame follow the last")
+    for name, about in (
+        ("preset", "auto is turbo where a few-step LoRA is given, else quality"),
+        ("scheduler", "the solver"),
+        ("output_format", "of the file"),
+    ):
+        option, default = "--" + name.replace("_", "-"), getattr(defaults, name)
+        parser.add_argument(option, choices=CHOICES[name], default=default, help=f"{about} (default {default})")
+    parser.add_argument("--out", type=Path, help="the file to write (default outputs/<prompt>-<seed>.<format>)")
     parser.add_argument("--weights", default=os.environ.get("T2V_WEIGHTS") or str(ROOT / "weights" / "demo"))
     parser.add_argument("--device", default=os.environ.get("T2V_DEVICE") or "auto")
     parser.add_argument("--dtype", default=os.environ.get("T2V_DTYPE") or "auto")
@@ -59,7 +68,9 @@ def generate(args: argparse.Namespace) -> None:
     engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora)
     print(f"Model: {engine.describe()}")
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
-    path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.mp4"
+    path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.{request.output_format}"
+    if path.suffix != f".{request.output_format}":
+        sys.exit(f"scripts/generate: --out ends in {path.suffix or 'nothing'}, not in .{request.output_format}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with tqdm(total=request.num_inference_steps, desc="denoise") as bar:
@@ -68,7 +79,9 @@ def generate(args: argparse.Namespace) -> None:
             if stage == "denoise":
                 bar.update(done - bar.n)
 
-        info = write_video(path, engine.generate(request, progress), request.fps, engine.metadata(request))
+        info = write_video(
+            path, engine.generate(request, progress), request.fps, engine.metadata(request), request.quality
+        )
     seconds = time.perf_counter() - started
     print(f"{info.frames} frames of {info.width}x{info.height} in {seconds:.1f} s, seed {request.seed}")
     print(path)

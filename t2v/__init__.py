@@ -3,11 +3,13 @@
 request    what the caller asked for, in the caller's units, already valid
 text       prompt -> context
 unet3d     noisy latents, timestep, context -> the network's prediction
+timeline   long videos and loops as overlapping windows
 sampler    schedules, update rules, guidance, the denoising loop
 vae        latents -> uint8 frames, in chunks
 video      uint8 frames -> file, verified
 upsample   twice the size, then a convolution; the denoiser and the autoencoder have it
 graph      a function of tensors as CUDA graphs
+memory     how much a device has left; thread, watchdog: for the server's sake
 networks   from a config to an empty network
 lora       low-rank adaptations and few-step models, merged into the denoiser
 convert    other people's weights -> a model's folder
@@ -16,5 +18,5 @@ weights    finds and loads a model's folder
 engine     ties them together: Engine.load(folder).generate(request) -> frames
 errors     what can go wrong, in sentences for the caller
 
-`engine` imports the others; the others import only `errors` and, the two networks, `upsample`.
+`engine` imports the others; who else may import whom is in tests/test_architecture.py.
 """

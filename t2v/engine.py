@@ -20,6 +20,7 @@ from t2v.networks import empty
 from t2v.request import Request
 from t2v.sampler import FewStep, Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
+from t2v.timeline import Timeline
 from t2v.unet3d import UNet3D
 from t2v.upsample import fold
 from t2v.vae import CHUNK_PIXELS, VAE
@@ -28,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 TRACE_AFTER = 50  # steps of one shape on a CPU
 MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
+MOST_AT_ONCE = 128  # frames that are denoised together unless a request says otherwise
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class Engine:
         name: of the model, for logs and files.
         about: what the model can show, one sentence; empty where its index does not say.
         guidance_scale: for requests that leave it to the model.
-        solver: for requests that are not sampled in few steps.
+        native_frames: the model was trained on at once.
         merged: the adaptation in the denoiser's weights, if there is one.
     """
 
@@ -91,7 +93,7 @@ class Engine:
         name: str = "model",
         about: str = "",
         guidance_scale: float = 9.0,
-        solver: Solver = "dpm++",
+        native_frames: int = 16,
         merged: Merged | None = None,
     ):
         self.text = text
@@ -102,10 +104,12 @@ class Engine:
         self.name = name
         self.about = about
         self.guidance_scale = guidance_scale
-        self.solver: Solver = solver
+        self.native_frames = native_frames
         self.merged = merged
         # A trace takes seconds, which a CPU's first request would not win back.
-        self.step: Function = Graphs(self._step, after=0 if self.device.type == "cuda" else TRACE_AFTER)
+        after = 0 if self.device.type == "cuda" else TRACE_AFTER
+        self.step: Function = Graphs(self._step, after=after)
+        self.predict: Function = Graphs(self._predict, after=after)
 
     @classmethod
     def load(
@@ -169,6 +173,7 @@ class Engine:
             name=index.get("_t2v_name", folder.resolve().name),
             about=index.get("_t2v_about", ""),
             guidance_scale=index.get("_t2v_guidance_scale", 9.0),
+            native_frames=index.get("_t2v_num_frames", 16),
             merged=merged,
         )
 
@@ -223,20 +228,34 @@ class Engine:
         steps = self.schedule.steps(sampling.solver, sampling.steps)
         draws = self.draws(request)
         noise = next(draws)
-        condition = self.unet.condition(self.text.encode([request.prompt]))
+        timeline = self.timeline(request)
+        conditions = self.unet.condition(self.text.encode(request.prompts))[:, None]  # of each prompt (1, 77, D)
         if sampling.guidance_scale != 1:
-            condition = torch.cat([self._unconditional, condition])
+            negative = request.negative_prompt.strip()
+            against = self.unet.condition(self.text.encode([negative])) if negative else self._unconditional
+            conditions = torch.cat([against.expand(len(conditions), 1, -1, -1), conditions], dim=1)
         progress("text", 1, 1)
         # What the steps differ in, on the device before the first one: inside the loop the host waits for nothing.
         moments = self.unet.moments(torch.tensor([step.t for step in steps], device=noise.device), sampling.embedded)
         coefficients = torch.tensor([step.coefficients for step in steps], dtype=torch.float64, device=noise.device)
         guidance = torch.tensor(sampling.guidance_scale, device=noise.device)
-        step = self.step if plan.rows > 1 else functools.partial(self._step, rows=plan.rows)
+        step, predict = self.step, self.predict
+        if plan.rows == 1:
+            step, predict = functools.partial(self._step, rows=1), functools.partial(self._predict, rows=1)
+        windows = [] if timeline.whole else [timeline.windows(i, noise.device) for i in range(len(steps))]
 
         def advance(i: int, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
             other = next(draws) if steps[i].fresh else previous
-            x, x_0 = step(x, other, moments[i : i + 1], condition, guidance, coefficients[i])
-            return x, x_0
+            if timeline.whole:
+                x, x_0 = step(x, other, moments[i : i + 1], conditions[0], guidance, coefficients[i])
+                return x, x_0
+            prediction = torch.zeros_like(x)
+            for window in windows[i]:
+                shares = timeline.mixture(window.start, len(conditions))
+                condition = sum((share * c for share, c in zip(shares, conditions) if share), torch.tensor(0))
+                (part,) = predict(x[:, :, window.frames], moments[i : i + 1], condition, guidance)
+                prediction.index_add_(2, window.frames, window.weights * part)
+            return update(x, other, prediction, coefficients[i])
 
         return denoise(advance, noise, len(steps), lambda done, total: progress("denoise", done, total))
 
@@ -251,11 +270,16 @@ class Engine:
         rows: int = USUAL.rows,
     ) -> tuple[Tensor, ...]:
         """One denoising step, of tensors alone: network, guidance, update. In float32 around the network."""
+        (prediction,) = self._predict(x, moment, condition, guidance, rows)
+        return update(x, other, prediction, coefficients)
+
+    def _predict(
+        self, x: Tensor, moment: Tensor, condition: Tensor, guidance: Tensor, rows: int = USUAL.rows
+    ) -> tuple[Tensor]:
+        """The guided prediction, (1, channels, F, h, w) float32."""
         latents = x.to(moment.dtype)
         prediction = torch.cat([self.unet.run(latents, moment, part).float() for part in condition.split(rows)])
-        if len(condition) == 2:
-            prediction = guided(prediction, guidance)
-        return update(x, other, prediction, coefficients)
+        return (guided(prediction, guidance) if len(condition) == 2 else prediction,)
 
     def warm_up(self) -> None:
         """Pay now what the first request would pay: libraries, algorithms and, on CUDA, the recording of the default
@@ -267,8 +291,9 @@ class Engine:
 
     def release(self) -> None:
         """Give back all memory that no request needs to hold."""
-        if isinstance(self.step, Graphs):
-            self.step.clear()
+        for recorded in (self.step, self.predict):
+            if isinstance(recorded, Graphs):
+                recorded.clear()
         memory.release(self.device)
 
     @property
@@ -284,7 +309,8 @@ class Engine:
         """
         rows = 1 if self.sampling(request).guidance_scale == 1 else 2
         height, width = self.size(request)
-        work = request.num_frames * height * width * self.sampling(request).steps
+        timeline, shape = self.timeline(request), self._shape(request)
+        work = len(timeline.starts(0)) * timeline.size * height * width * self.sampling(request).steps
         if work > MAX_WORK:
             raise InvalidRequest(
                 f"{self._size_of(request)} in {request.num_inference_steps} steps is {work / MAX_WORK:.1f} times the "
@@ -294,13 +320,15 @@ class Engine:
             free = memory.free(self.device)
             chunk = max(1, min(request.num_frames, plan.chunk_pixels // (height * width)))
             decoding = MARGIN * self.vae.workspace(chunk, height, width)
-            denoising = MARGIN * self.unet.workspace(min(rows, plan.rows), self._shape(request))
+            denoising = MARGIN * self.unet.workspace(min(rows, plan.rows), (*shape[:2], timeline.size, *shape[3:]))
             if free is None or max(denoising, decoding) <= free:
                 return plan
             self.release()
         assert free is not None
-        frames = 0 if decoding > free else int(request.num_frames * free / denoising)
+        frames = 0 if decoding > free else int(timeline.size * free / denoising)
         advice = f"ask for at most {frames} frames of that size" if frames else "ask for a smaller size"
+        if frames >= self.native_frames:
+            advice += f", or for window {self.native_frames}"
         raise OutOfMemory(
             f"{self._size_of(request)} need {max(denoising, decoding) / 1e9:.1f} GB of the device's memory and "
             f"{free / 1e9:.1f} GB are free; {advice}."
@@ -317,6 +345,7 @@ class Engine:
         """
         shape = self._shape(request)
         generator = torch.Generator().manual_seed(int(request.seed or 0))
+        yield self.timeline(request).noise(shape, generator).to(self.device)
         while True:
             yield torch.randn(shape, generator=generator).to(self.device)
 
@@ -326,6 +355,22 @@ class Engine:
         if height % self.vae.factor or width % self.vae.factor:
             raise InvalidRequest(f"width and height must be multiples of {self.vae.factor}, not {width}x{height}.")
         return height, width
+
+    def timeline(self, request: Request) -> Timeline:
+        """Which frames are denoised together.
+
+        Raises:
+            InvalidRequest: there are several prompts and too few frames for them.
+        """
+        several = len(request.prompts) > 1
+        window = request.window
+        if window is None:
+            window = self.native_frames if several or request.num_frames > MOST_AT_ONCE else MOST_AT_ONCE
+        if several and request.num_frames <= window:
+            raise InvalidRequest(
+                f"next_prompts need more frames than are denoised together: more than {window}, or a smaller window."
+            )
+        return Timeline(request.num_frames, window, request.loop)
 
     def _shape(self, request: Request) -> tuple[int, ...]:
         height, width = self.size(request)
@@ -348,10 +393,17 @@ class Engine:
         n = request.num_inference_steps
         if preset != "turbo":
             scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
-            return Sampling(preset, self.solver, min(n, FAST_STEPS) if preset == "fast" else n, scale)
+            if request.negative_prompt.strip() and scale == 1:
+                raise InvalidRequest("negative_prompt has no effect at guidance_scale 1; raise that or leave it out.")
+            solver: Solver = "ddim" if request.scheduler == "ddim" else "dpm++"
+            return Sampling(preset, solver, min(n, FAST_STEPS) if preset == "fast" else n, scale)
         if few is None:
             raise InvalidRequest(
                 "preset turbo needs a few-step LoRA, and none is installed: start with T2V_LORA=path, or ask for fast."
+            )
+        if request.negative_prompt.strip() or request.scheduler != "dpm++":
+            raise InvalidRequest(
+                "preset turbo has no negative_prompt and a scheduler of its own; leave both out, or ask for quality."
             )
         default, greatest = few.steps
         n = n if n <= greatest else default
@@ -375,6 +427,7 @@ class Engine:
         sampling = self.sampling(request)
         settled: dict[str, Any] = {"width": width, "height": height, "model": self.name, "preset": sampling.preset}
         settled["num_inference_steps"] = sampling.steps
+        settled["window"] = self.timeline(request).size
         settled["guidance_scale"] = sampling.embedded or sampling.guidance_scale
         if self.merged and self._adapted(sampling):
             settled["lora"] = f"{self.merged.lora.name}:{self.merged.scale:g}"
@@ -385,8 +438,9 @@ class Engine:
         wanted = self._adapted(sampling)
         if self.merged and wanted != self.merged.active:
             self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
-            if isinstance(self.step, Graphs):
-                self.step.forget()
+            for recorded in (self.step, self.predict):
+                if isinstance(recorded, Graphs):
+                    recorded.forget()
             self.merged.merge() if wanted else self.merged.undo()
 
     def _adapted(self, sampling: Sampling) -> bool:

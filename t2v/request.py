@@ -10,17 +10,26 @@ from t2v.errors import InvalidRequest
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 10_000  # characters; the text encoder reads 77 tokens, some 300 characters
 BOUNDS = {
-    "num_frames": (1, 128),
+    "num_frames": (1, 256),
     "num_inference_steps": (1, 500),
     "fps": (1, 60),
     "seed": (0, MAX_SEED),
     "guidance_scale": (1, 30),
+    "quality": (1, 51),
+    "window": (4, 128),
     "width": (16, 1024),
     "height": (16, 1024),
 }
-MODELS_OWN = ("guidance_scale", "width", "height")  # None stands for what suits the model
+MODELS_OWN = ("guidance_scale", "width", "height", "window")  # None stands for what suits the model
 UNITS = {"width": "pixels", "height": "pixels"}
-PRESETS = ("auto", "quality", "fast", "turbo")
+CHOICES = {
+    "preset": ("auto", "quality", "fast", "turbo"),
+    "scheduler": ("dpm++", "ddim"),
+    "output_format": ("mp4", "webm", "gif"),
+}
+TEXTS = ("prompt", "negative_prompt", "next_prompts")
+DEFAULT_QUALITY = 18
+MAX_GIF_FPS = 50  # browsers show what is shorter than two hundredths of a second at ten frames per second
 SIZE_MULTIPLE = 8  # pixels to one latent
 
 
@@ -30,15 +39,24 @@ class Request:
 
     Attributes:
         prompt: English text, 1 to 10,000 characters, not blank.
-        num_frames: 1 to 128.
+        num_frames: 1 to 256.
         num_inference_steps: denoising steps, 1 to 500.
         fps: frames per second of the written file, 1 to 60.
         seed: 0 to 2^32 - 1; None draws one, and the attribute then holds it.
+        negative_prompt: what the video is led away from, at most 10,000 characters; needs guidance.
         guidance_scale: weight of the prompt against the empty prompt, 1 to 30; 1 is no guidance; None is the model's
             own, which for the 1.7B model is 9.
         preset: "quality" takes the steps asked for; "fast" at most 20; "turbo", with a few-step model, at most 8, and 4
             where more are asked for; "auto" is turbo where a few-step model is installed, else quality.
+        scheduler: "dpm++", DPM-Solver++ 2M, or "ddim", which wants more steps; not for turbo, which has its own.
         width, height: pixels, multiples of 8, 16 to 1024; None is the model's native size.
+        output_format: "mp4" (H.264), "webm" (VP9) or "gif".
+        quality: constant rate factor of H.264 or VP9, 1 (nearly lossless) to 51 (worst); 18 looks lossless. A GIF has
+            none.
+        window: frames that are denoised together, 4 to 128; None is all of them where they are at most 128 and there is
+            one prompt, else as many as the model was trained on. See `t2v.timeline`.
+        loop: whether the first frame shall follow the last.
+        next_prompts: what the video shows later, prompts separated by `|`, spread evenly along it after `prompt`.
 
     Raises:
         InvalidRequest: with a sentence that names the field, what came, and what is allowed.
@@ -53,27 +71,48 @@ class Request:
     width: int | None = None
     height: int | None = None
     preset: str = "auto"
+    negative_prompt: str = ""
+    scheduler: str = "dpm++"
+    output_format: str = "mp4"
+    quality: int = DEFAULT_QUALITY
+    window: int | None = None
+    loop: bool = False
+    next_prompts: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str):
-            raise InvalidRequest(f"prompt must be text, not {_shown(self.prompt)}.")
-        if not self.prompt.strip() or self.prompt.isspace():
+        for name in TEXTS:
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise InvalidRequest(f"{name} must be text, not {_shown(text)}.")
+            if len(text) > MAX_PROMPT:
+                raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_PROMPT} are allowed.")
+        if not self.prompt.strip():
             raise InvalidRequest("prompt is blank; describe the video in a few English words.")
-        if len(self.prompt) > MAX_PROMPT:
-            raise InvalidRequest(f"prompt has {len(self.prompt)} characters; at most {MAX_PROMPT} are allowed.")
+        if not isinstance(self.loop, bool):
+            raise InvalidRequest(f"loop must be true or false, not {_shown(self.loop)}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, not {_shown(getattr(self, name))}.")
         if self.seed is None:
             object.__setattr__(self, "seed", random.SystemRandom().randint(0, MAX_SEED))
-        if self.preset not in PRESETS:
-            raise InvalidRequest(f"preset must be one of {', '.join(PRESETS)}, not {_shown(self.preset)}.")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("prompt", "preset") or (value is None and field.name in MODELS_OWN):
+            if field.name not in BOUNDS or (value is None and field.name in MODELS_OWN):
                 continue
             number = _number(field.name, value, whole=field.name != "guidance_scale")
             object.__setattr__(self, field.name, number)
             if field.name in ("width", "height") and number % SIZE_MULTIPLE:
                 near = max(16, round(number / SIZE_MULTIPLE) * SIZE_MULTIPLE)
                 raise InvalidRequest(f"{field.name} must be a multiple of {SIZE_MULTIPLE}; {number} is not, {near} is.")
+        if self.output_format == "gif" and self.fps > MAX_GIF_FPS:
+            raise InvalidRequest(f"A gif shows at most {MAX_GIF_FPS} fps, not {self.fps}; ask for mp4 or webm.")
+        if self.output_format == "gif" and self.quality != DEFAULT_QUALITY:
+            raise InvalidRequest("A gif has no quality; leave it out, or ask for mp4 or webm.")
+
+    @property
+    def prompts(self) -> list[str]:
+        """In the order they are shown."""
+        return [self.prompt, *(part for part in self.next_prompts.split("|") if part.strip())]
 
 
 def _number(name: str, value: Any, whole: bool) -> Any:

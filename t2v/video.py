@@ -1,4 +1,4 @@
-"""uint8 frames -> a playable MP4, and proof that it is one. This module knows no tensors and no models."""
+"""uint8 frames -> a playable file, and proof that it is one. This module knows no tensors and no models."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from t2v.errors import VideoError
 
-CRF = 18  # constant rate factor of x264: 18 is visually lossless, 0 lossless, 51 worst
+CRF = 18  # constant rate factor: 18 is visually lossless, 0 lossless, 51 worst
 MAX_TAG = 1000  # characters of the prompt kept in the file; a command line argument may not grow without bound
 ENCODER_TIMEOUT = 120  # seconds the encoder may take after the last frame before it is killed
 
@@ -30,16 +30,21 @@ class VideoInfo:
     fps: float
 
 
-def write_video(path: Path, chunks: Iterable[np.ndarray], fps: int, metadata: dict[str, Any]) -> VideoInfo:
+def write_video(
+    path: Path, chunks: Iterable[np.ndarray], fps: int, metadata: dict[str, Any], crf: int = CRF
+) -> VideoInfo:
     """Encode frames as they come, then read the file back.
 
-    H.264, yuv420p, BT.709, +faststart, exact size, exact frame rate.
+    Exact size, exact frame rate (of a GIF, whose unit is a hundredth of a second, the nearest that it can say). MP4:
+    H.264, yuv420p, BT.709, +faststart. WebM: VP9, yuv420p, BT.709. GIF: a palette of 256 colours made for the video,
+    which loops for ever; it holds no metadata.
 
     Args:
-        path: of the file to write, ending in .mp4; whatever stands there is replaced.
+        path: of the file to write, ending in .mp4, .webm or .gif; whatever stands there is replaced.
         chunks: (n, H, W, 3) uint8 RGB arrays of one H x W, both even.
         fps: frames per second.
         metadata: JSON values. `prompt` becomes the title; all of it, prompt cleaned by `clean_tag`, the comment.
+        crf: constant rate factor of MP4 and WebM, 1 to 51.
 
     Raises:
         VideoError: there were no frames, or the file is not what was to be written (disk full, encoder killed). No file
@@ -53,7 +58,7 @@ def write_video(path: Path, chunks: Iterable[np.ndarray], fps: int, metadata: di
             for frame in chunk:
                 if writer is None:
                     size = (frame.shape[1], frame.shape[0])
-                    writer = imageio_ffmpeg.write_frames(path, size, **_options(fps, metadata))
+                    writer = imageio_ffmpeg.write_frames(path, size, **_options(path.suffix, fps, metadata, crf))
                     writer.send(None)
                 writer.send(np.ascontiguousarray(frame))
                 count += 1
@@ -94,7 +99,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     # Lines of key=value, in which a backslash escapes = ; # \\ and the newline.
-    comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", text, re.MULTILINE | re.DOTALL)
+    comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     return json.loads(re.sub(r"\\(.)", r"\1", comment[1], flags=re.DOTALL)) if comment else {}
 
 
@@ -105,17 +110,24 @@ def clean_tag(text: str) -> str:
     return " ".join("".join(kept).split())[:MAX_TAG]
 
 
-def _options(fps: int, metadata: dict[str, Any]) -> dict[str, Any]:
+def _options(suffix: str, fps: int, metadata: dict[str, Any], crf: int) -> dict[str, Any]:
     tags = {key: clean_tag(value) if isinstance(value, str) else value for key, value in metadata.items()}
     comment = json.dumps(tags, ensure_ascii=False)
-    params = ["-crf", str(CRF), "-preset", "veryfast", "-movflags", "+faststart", "-fflags", "+bitexact"]
-    # Without a stated matrix ffmpeg converts by BT.601 and players of large videos read BT.709: colours shift.
-    params += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
-    params += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+    codec, params = {
+        ".mp4": ("libx264", ["-crf", str(crf), "-preset", "veryfast", "-movflags", "+faststart"]),
+        ".webm": ("libvpx-vp9", ["-crf", str(crf), "-b:v", "0", "-deadline", "good", "-cpu-used", "4"]),
+        ".gif": ("gif", ["-vf", "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse", "-loop", "0"]),
+    }[suffix]
+    if codec != "gif":
+        # Without a stated matrix ffmpeg converts by BT.601 and players of large videos read BT.709: colours shift.
+        params += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
+        params += ["-color_primaries", "bt709", "-color_trc", "bt709"]
     params += ["-metadata", f"title={tags.get('prompt', '')}", "-metadata", f"comment={comment}"]
+    params += ["-fflags", "+bitexact"]
     return {
         "fps": fps,
-        "codec": "libx264",
+        "codec": codec,
+        "pix_fmt_out": "pal8" if codec == "gif" else "yuv420p",
         "quality": None,
         "macro_block_size": 1,  # the default, 16, would resize silently
         "ffmpeg_log_level": "error",
@@ -133,7 +145,8 @@ def _verify(path: Path, expected: VideoInfo) -> VideoInfo:
     if done.returncode or not size or not tick:
         raise VideoError(f"{path.name} cannot be decoded. Is the disk full?")
     frames = len(re.findall(r"^0,", done.stdout, re.MULTILINE))
-    found = VideoInfo(frames, int(size[1]), int(size[2]), int(tick[2]) / int(tick[1]))
+    fps = expected.fps if path.suffix == ".gif" else int(tick[2]) / int(tick[1])
+    found = VideoInfo(frames, int(size[1]), int(size[2]), fps)
     if found != expected:
         raise VideoError(f"The written video is not as it should be: {found}, expected {expected}. Is the disk full?")
     return found

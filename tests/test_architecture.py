@@ -24,6 +24,7 @@ ALLOWED = {
     "memory": set(),
     "watchdog": set(),
     "thread": set(),
+    "timeline": set(),
     "networks": {"errors", "text", "unet3d", "vae"},
     "pickles": {"errors"},
     "convert": {"errors", "networks", "pickles", "unet3d", "weights"},

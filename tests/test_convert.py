@@ -79,9 +79,8 @@ def test_the_originals_own_numbers(converted: dict[bool, Path], small: bool):
     images = noise[0].transpose(0, 1) / engine.vae.scale
     close(engine.vae.autoencoder.decode(images).sample[:, :, ::3, ::3], golden["decoded"], 3e-5)
     assert (engine.guidance_scale, engine.native_size) == (9, (256, 256))
-    engine.solver = "ddim"
     engine.draws = lambda request: iter([noise])  # type: ignore[method-assign]
-    request = Request(original.PROMPTS[1], num_frames=3, num_inference_steps=50)
+    request = Request(original.PROMPTS[1], num_frames=3, num_inference_steps=50, scheduler="ddim")
     close(engine.denoised(request), golden["latents"], 2e-4)
 
 
@@ -104,7 +103,6 @@ def test_diffusers_loads_it_and_agrees(converted: dict[bool, Path]):
         pipeline = TextToVideoSDPipeline.from_pretrained(converted[False], torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine.load(converted[False], device="cpu")
-    engine.solver = "ddim"
     request = Request("a boat", num_frames=2, num_inference_steps=4, width=32, height=32, seed=1)
     expected = pipeline(
         "a boat", 32, 32, 2, 4, guidance_scale=9.0, latents=engine.noise(request), output_type="latent"

@@ -1,5 +1,6 @@
 """Prompt to frames with tiny real parts, against diffusers' own pipeline on the same folder."""
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from t2v import memory
 from t2v.engine import LEAN, USUAL, Engine
 from t2v.errors import InvalidRequest, OutOfMemory
 from t2v.request import Request
+from t2v.sampler import update
 from t2v.unet3d import UNet3D, UNet3DConfig
 from t2v.video import write_video
 
@@ -35,8 +37,7 @@ def test_equals_the_diffusers_pipeline(tiny_folder: Path, folder: str, scheduler
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine.load(path, device="cpu")
-    engine.solver = scheduler
-    request = Request("a red circle", 3, num_inference_steps=5, seed=3, guidance_scale=9, width=40, height=32)
+    request = Request("a red circle", 3, 5, seed=3, guidance_scale=9, width=40, height=32, scheduler=scheduler)
     expected = pipeline(
         request.prompt,
         num_frames=3,
@@ -185,3 +186,89 @@ def test_decoding_goes_on_in_smaller_chunks_where_memory_runs_out(tiny: Engine, 
     monkeypatch.setattr(tiny.vae, "_decode", small)
     assert np.abs(np.concatenate(list(tiny.vae.decode(latents))).astype(int) - expected).max() <= 1
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_window_as_long_as_the_video_changes_nothing(tiny: Engine):
+    request = Request("a circle", num_frames=6, num_inference_steps=4, seed=3)
+    windowed = dataclasses.replace(request, window=6)
+    assert torch.equal(tiny.denoised(request), tiny.denoised(windowed))
+    assert not torch.allclose(tiny.denoised(request), tiny.denoised(dataclasses.replace(request, window=4)), atol=0.01)
+
+
+def test_windows_are_what_they_say(tiny: Engine):
+    """One step of DDIM from the averaged predictions, computed here again with the plain network."""
+    request = Request("a circle", 12, 1, seed=3, window=8, scheduler="ddim", guidance_scale=1)
+    noise = tiny.noise(request)
+    (step,) = tiny.schedule.steps("ddim", 1)
+    prediction, total = torch.zeros_like(noise), torch.zeros(12, 1, 1)
+    ramp = torch.tensor([1.0, 2, 3, 4, 4, 3, 2, 1])[:, None, None]
+    with torch.inference_mode():
+        for start in (0, 4):
+            part = tiny.unet(noise[:, :, start : start + 8], step.t, tiny.text.encode(["a circle"]))
+            prediction[:, :, start : start + 8] += ramp * part
+            total[start : start + 8] += ramp
+    expected = update(noise, torch.zeros_like(noise), prediction / total, step.coefficients)[0]
+    assert torch.allclose(tiny.denoised(request), expected, atol=1e-4)
+
+
+def test_next_prompts_and_negative_prompts_do_what_they_say(tiny: Engine):
+    long = Request("a circle", num_frames=24, num_inference_steps=3, seed=3, window=8, guidance_scale=2)
+    plain, then = (tiny.denoised(dataclasses.replace(long, next_prompts=text)) for text in ("", "a square"))
+    same = tiny.denoised(dataclasses.replace(long, next_prompts="a circle"))
+    assert torch.allclose(plain, same, atol=1e-4)
+    change = (then - plain).abs().mean((0, 1, 3, 4))
+    assert 3 * change[:4].max() < change[-4:].min()
+    assert not torch.allclose(plain, tiny.denoised(dataclasses.replace(long, negative_prompt="a square")))
+    blank = tiny.denoised(dataclasses.replace(long, negative_prompt=" "))
+    assert torch.equal(plain, blank)
+
+
+@pytest.mark.parametrize(
+    "inputs, sentence",
+    [
+        ({"next_prompts": "b"}, "next_prompts need more frames than are denoised together: more than 16"),
+        ({"next_prompts": "b", "num_frames": 8, "window": 8}, "more than 8, or a smaller window"),
+        ({"negative_prompt": "b", "guidance_scale": 1}, "negative_prompt has no effect at guidance_scale 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tiny: Engine, inputs: dict, sentence: str):
+    with pytest.raises(InvalidRequest, match=sentence):
+        tiny.generate(Request("a", **inputs))
+
+
+def change(video: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of neighbouring frames, 0 to 255."""
+    return np.abs(np.diff(video.astype(float), axis=0)).mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def demo() -> Engine:
+    return Engine.load(DEMO, device="cpu")
+
+
+@pytest.mark.parametrize("num_frames, steps", [(64, 10), (256, 4)])
+def test_no_seam_shows_between_windows(demo: Engine, num_frames: int, steps: int):
+    inputs = {"prompt": "a yellow star growing on a teal background", "num_inference_steps": steps, "window": 16}
+    steady = change(frames(demo, num_frames=num_frames, seed=1, **inputs))
+    borders = np.arange(1, num_frames) % 8 == 0
+    assert steady[borders].mean() < 1.2 * steady[~borders].mean()
+
+
+@pytest.mark.parametrize("num_frames", [16, 32])
+def test_a_loop_ends_where_it_began(demo: Engine, num_frames: int):
+    prompt = "a red circle moving right on a black background"
+    video = frames(demo, prompt=prompt, seed=1, num_frames=num_frames, window=16, num_inference_steps=10, loop=True)
+    closing = np.abs(video[-1].astype(float) - video[0]).mean()
+    assert closing <= change(video).max()
+
+
+def test_memory_does_not_grow_with_the_windows(tiny: Engine):
+    request = Request("a circle", num_frames=16, num_inference_steps=1, seed=0, width=128, height=128)
+    peaks = []
+    for frames_ in (16, 256):
+        memory.trim()
+        memory.mark(tiny.device)
+        for _ in tiny.generate(dataclasses.replace(request, num_frames=frames_, window=16)):
+            pass
+        peaks.append(memory.peak(tiny.device))
+    assert peaks[1] < 1.15 * peaks[0]

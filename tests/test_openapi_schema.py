@@ -9,7 +9,7 @@ import pytest
 import openapi_schema
 from conftest import ROOT
 from t2v.errors import InvalidRequest
-from t2v.request import BOUNDS, Request
+from t2v.request import BOUNDS, CHOICES, Request
 
 # The predictor for which tests/golden/cog_openapi_example.json was emitted by cog's own generator.
 EXAMPLE = """
@@ -52,7 +52,7 @@ def test_every_default_and_limit_of_the_inputs():
     }
     assert shown == {
         "prompt": {"type": "string", "default": "An astronaut riding a horse"},
-        "num_frames": {"type": "integer", "default": 16, "minimum": 1, "maximum": 128},
+        "num_frames": {"type": "integer", "default": 16, "minimum": 1, "maximum": 256},
         "num_inference_steps": {"type": "integer", "default": 50, "minimum": 1, "maximum": 500},
         "fps": {"type": "integer", "default": 8, "minimum": 1, "maximum": 60},
         "seed": {"type": "integer", "default": None, "nullable": True, "minimum": 0, "maximum": 4294967295},
@@ -60,19 +60,29 @@ def test_every_default_and_limit_of_the_inputs():
         "width": {"type": "integer", "default": None, "nullable": True, "minimum": 16, "maximum": 1024},
         "height": {"type": "integer", "default": None, "nullable": True, "minimum": 16, "maximum": 1024},
         "preset": {"allOf": [{"$ref": "#/components/schemas/preset"}], "default": "auto"},
+        "negative_prompt": {"type": "string", "default": ""},
+        "scheduler": {"allOf": [{"$ref": "#/components/schemas/scheduler"}], "default": "dpm++"},
+        "output_format": {"allOf": [{"$ref": "#/components/schemas/output_format"}], "default": "mp4"},
+        "quality": {"type": "integer", "default": 18, "minimum": 1, "maximum": 51},
+        "window": {"type": "integer", "default": None, "nullable": True, "minimum": 4, "maximum": 128},
+        "loop": {"type": "boolean", "default": False},
+        "next_prompts": {"type": "string", "default": ""},
     }
     assert "required" not in inputs()
 
 
 def test_request_holds_the_same_defaults_and_limits():
+    choices = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "")["components"]["schemas"]
     for name, entry in inputs()["properties"].items():
         if "minimum" in entry:
             assert BOUNDS[name] == (entry["minimum"], entry["maximum"])
+        if "allOf" in entry:
+            assert list(CHOICES[name]) == choices[name]["enum"]
         if name != "seed":
             assert getattr(Request(), name) == entry["default"]
 
 
-@pytest.mark.parametrize("name", [n for n in BOUNDS if n in ("num_frames", "num_inference_steps", "fps", "seed")])
+@pytest.mark.parametrize("name", [n for n in BOUNDS if n not in ("guidance_scale", "width", "height", "window")])
 def test_schema_and_request_agree_at_the_limits(name: str):
     low, high = BOUNDS[name]
     for value in (low - 1, low, high, high + 1, 1.5, "16", True):

@@ -81,7 +81,7 @@ def test_a_file_lives_until_the_next_prediction(predictor: Predictor):
 def test_bad_input_is_refused_before_any_work_and_loses_nothing(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):
     kept = run(predictor)
     monkeypatch.setattr(predictor.engine, "generate", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(InvalidRequest, match="num_frames must be a whole number from 1 to 128, not 0"):
+    with pytest.raises(InvalidRequest, match="num_frames must be a whole number from 1 to 256, not 0"):
         run(predictor, num_frames=0)
     assert kept.exists()
 

@@ -14,8 +14,8 @@ from t2v.request import MAX_PROMPT, MAX_SEED, Request
         ("prompt", None, "prompt must be text, not None"),
         ("prompt", 5, "prompt must be text, not 5"),
         ("prompt", "a" * (MAX_PROMPT + 1), "prompt has 10001 characters; at most 10000"),
-        ("num_frames", 0, "num_frames must be a whole number from 1 to 128, not 0"),
-        ("num_frames", 129, "not 129"),
+        ("num_frames", 0, "num_frames must be a whole number from 1 to 256, not 0"),
+        ("num_frames", 257, "not 257"),
         ("num_frames", 3.7, "not 3.7"),
         ("num_frames", "16", "not '16'"),
         ("num_frames", True, "not True"),
@@ -32,6 +32,13 @@ from t2v.request import MAX_PROMPT, MAX_SEED, Request
         ("seed", "x" * 500, r"not 'x+\.\.\.\.$"),
         ("guidance_scale", 0.5, "guidance_scale must be a number from 1 to 30, not 0.5"),
         ("guidance_scale", math.nan, "not nan"),
+        ("negative_prompt", None, "negative_prompt must be text, not None"),
+        ("next_prompts", "a" * 10001, "next_prompts has 10001 characters"),
+        ("scheduler", "euler", r"scheduler must be one of dpm\+\+, ddim, not 'euler'"),
+        ("output_format", "avi", "output_format must be one of mp4, webm, gif, not 'avi'"),
+        ("quality", 0, "quality must be a whole number from 1 to 51, not 0"),
+        ("window", 3, "window must be a whole number from 4 to 128, not 3"),
+        ("loop", 1, "loop must be true or false, not 1"),
         ("width", 100, "width must be a multiple of 8; 100 is not, 96 is"),
         ("height", 8, r"height must be a whole number from 16 to 1024 \(pixels\), not 8"),
     ],
@@ -61,3 +68,16 @@ def test_limits_themselves_are_allowed():
     Request(
         prompt="a" * MAX_PROMPT, num_frames=1, num_inference_steps=500, fps=60, seed=MAX_SEED, width=1024, height=16
     )
+
+
+def test_rules_of_a_gif():
+    assert Request(output_format="gif", fps=50).fps == 50
+    with pytest.raises(InvalidRequest, match="A gif shows at most 50 fps, not 60; ask for mp4 or webm"):
+        Request(output_format="gif", fps=60)
+    with pytest.raises(InvalidRequest, match="A gif has no quality; leave it out"):
+        Request(output_format="gif", quality=30)
+
+
+def test_prompts_in_order():
+    assert Request("a").prompts == ["a"]
+    assert Request("a | b", next_prompts=" c ||d| ").prompts == ["a | b", " c ", "d"]

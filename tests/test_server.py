@@ -79,7 +79,7 @@ def test_only_the_latest_output_stays_on_disk(server: Server):
         ({"num_inference_steps": 0}, "0 is less than the minimum of 1"),
         ({"num_inference_steps": 501}, "501 is greater than the maximum of 500"),
         ({"num_frames": "16"}, 'is not of type "integer"'),
-        ({"num_frames": 129}, "maximum of 128"),
+        ({"num_frames": 257}, "maximum of 256"),
         ({"fps": 1.5}, 'is not of type "integer"'),
         ({"seed": -1}, "minimum of 0"),
         ({"prompt": 3}, 'is not of type "string"'),
@@ -95,7 +95,7 @@ def test_the_schema_refuses_bad_inputs(server: Server, inputs: dict[str, Any], w
     [
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 500, not 0."),
         ({"num_inference_steps": 501}, "num_inference_steps must be a whole number from 1 to 500, not 501."),
-        ({"num_frames": "16"}, "num_frames must be a whole number from 1 to 128, not '16'."),
+        ({"num_frames": "16"}, "num_frames must be a whole number from 1 to 256, not '16'."),
         ({"fps": None}, "fps must be a whole number from 1 to 60, not None."),
         ({"seed": 2**64}, "seed must be a whole number from 0 to 4294967295"),
         ({"prompt": " "}, "prompt is blank"),
@@ -119,6 +119,37 @@ def test_long_and_strange_prompts_make_videos(server: Server, tmp_path: Path):
         assert answer["status"] == "succeeded", answer
         assert ("tokens; only the first 75 are used" in answer["logs"]) == prompt.startswith("word")
         assert video(answer, tmp_path / "a.mp4")[0].frames == 3
+
+
+@pytest.mark.parametrize("kind", ["webm", "gif"])
+def test_other_formats_come_under_their_own_type(server: Server, kind: str):
+    answer = server.predict(input=QUICK | {"output_format": kind}).json()
+    assert answer["status"] == "succeeded", answer
+    media = {"webm": "video/webm", "gif": "image/gif"}[kind]
+    assert answer["output"].startswith(f"data:{media};base64,")
+
+
+def test_every_control_reaches_the_engine(server: Server, tmp_path: Path):
+    """Each input changes the frames, apart from those that only change the file."""
+    base = QUICK | {"num_frames": 12, "num_inference_steps": 3}
+    plain = video(server.predict(input=base).json(), tmp_path / "a.mp4")[1]
+    for change in (
+        {"guidance_scale": 3},
+        {"negative_prompt": "a square"},
+        {"scheduler": "ddim"},
+        {"window": 4},
+        {"loop": True},
+        {"window": 8, "next_prompts": "a square | a star"},
+    ):
+        answer = server.predict(input=base | change).json()
+        frames = video(answer, tmp_path / "b.mp4")[1]
+        assert frames.shape == plain.shape and not np.array_equal(frames, plain), change
+        told = read_metadata(tmp_path / "b.mp4")
+        assert all(told[name] == value for name, value in change.items())
+    sized = video(server.predict(input=base | {"width": 48, "height": 16}).json(), tmp_path / "c.mp4")[0]
+    assert (sized.width, sized.height) == (48, 16)
+    small = server.predict(input=base | {"quality": 51}).json()["output"]
+    assert len(small) < len(server.predict(input=base | {"quality": 5}).json()["output"])
 
 
 def test_cancelling_frees_the_server_and_leaves_no_file(server: Server):

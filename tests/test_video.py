@@ -155,3 +155,27 @@ def test_works_outside_the_main_thread(tmp_path: Path):
     thread.start()
     thread.join(60)
     assert read_video(tmp_path / "a.mp4")[0].frames == 2
+
+
+@pytest.mark.parametrize("suffix", ["webm", "gif"])
+@pytest.mark.parametrize("fps", [7, 24, 50])
+def test_other_formats(tmp_path: Path, suffix: str, fps: int):
+    video = bars(12)
+    info = write_video(tmp_path / f"a.{suffix}", [video[:5], video[5:]], fps, {"prompt": "x", "seed": 1})
+    assert info == VideoInfo(12, video.shape[2], video.shape[1], fps)
+    found, decoded = read_video(tmp_path / f"a.{suffix}")
+    assert (found.width, found.height) == (info.width, info.height)
+    assert np.abs(decoded[0].astype(int) - video[0]).mean() < 12
+    if suffix == "webm":
+        assert np.abs(decoded.astype(int) - video).mean() < 12
+        assert read_metadata(tmp_path / "a.webm")["seed"] == 1
+
+
+def test_quality_is_the_rate_factor(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    for suffix in ("mp4", "webm"):
+        sizes = []
+        for crf in (1, 18, 51):
+            write_video(tmp_path / f"a.{suffix}", [noise], 8, {}, crf)
+            sizes.append((tmp_path / f"a.{suffix}").stat().st_size)
+        assert sizes[0] > sizes[1] > 2 * sizes[2]
