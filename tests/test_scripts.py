@@ -46,7 +46,7 @@ def test_generate_says_which_model_made_a_foreign_prompt_and_what_it_knows(tmp_p
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--num-frames", "0"], "num_frames must be a whole number from 1 to 128, not 0."),
+        (["--num-frames", "0"], "num_frames must be a whole number from 1 to 256, not 0."),
         (["--width", "65"], "width must be a multiple of 8"),
         (["--weights", "absent"], "There is no weights folder absent"),
     ],
