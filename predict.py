@@ -30,6 +30,7 @@ from t2v import memory, thread, watchdog
 from t2v.engine import Engine
 from t2v.errors import InvalidRequest, T2VError
 from t2v.request import Request
+from t2v.source import frames
 from t2v.video import write_video
 
 DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
@@ -103,6 +104,15 @@ class Predictor(BasePredictor):
         next_prompts: str = Input(
             default="", description="What the video shows later on: prompts separated by |, spread evenly along it"
         ),
+        init_video: Path | None = Input(
+            default=None, description="Video or picture to start from, scaled and cut to the size asked for"
+        ),
+        strength: float | None = Input(
+            default=None,
+            ge=0,
+            le=1,
+            description="How far to leave init_video: 0 keeps it, 1 ignores it. Left blank, 0.6",
+        ),
     ) -> Path:
         """Make a video. Every keyword is a field of t2v.request.Request."""
         try:
@@ -123,9 +133,12 @@ class Predictor(BasePredictor):
                 window=window,
                 loop=loop,
                 next_prompts=next_prompts,
+                strength=strength,
             )
+            if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
+                raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
             self._tidy()
-            return Path(thread.call(self._make, request))
+            return Path(thread.call(self._make, request, init_video))
         except InvalidRequest:
             raise
         except T2VError:
@@ -140,7 +153,7 @@ class Predictor(BasePredictor):
         finally:
             memory.trim()
 
-    def _make(self, request: Request) -> FilePath:
+    def _make(self, request: Request, init_video: FilePath | None) -> FilePath:
         print(f"Using seed: {request.seed}")
         print(f"Model: {self.engine.describe()}")
         memory.mark(self.engine.device)
@@ -149,8 +162,12 @@ class Predictor(BasePredictor):
         # Inside, not as a decorator: Cog fills in defaults on the outermost function only. And here, not in setup():
         # gradient mode belongs to the thread, and predict() runs in another one.
         with torch.inference_mode():
-            frames = report.decoding(self.engine.generate(request, report.progress))
-            info = write_video(path, frames, request.fps, self.engine.metadata(request), request.quality)
+            start = None
+            if init_video is not None:
+                height, width = self.engine.size(request)
+                start = frames(init_video, request.num_frames, height, width, request.fps)
+            made = report.decoding(self.engine.generate(request, report.progress, start))
+            info = write_video(path, made, request.fps, self.engine.metadata(request), request.quality)
         report.end("encode")
         self._record(
             seed=request.seed,

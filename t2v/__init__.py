@@ -6,6 +6,7 @@ unet3d     noisy latents, timestep, context -> the network's prediction
 timeline   long videos and loops as overlapping windows
 sampler    schedules, update rules, guidance, the denoising loop
 vae        latents -> uint8 frames, in chunks
+source     a caller's picture or video -> frames
 video      uint8 frames -> file, verified
 upsample   twice the size, then a convolution; the denoiser and the autoencoder have it
 graph      a function of tensors as CUDA graphs

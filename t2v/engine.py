@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 TRACE_AFTER = 50  # steps of one shape on a CPU
 MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
+STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise
 MOST_AT_ONCE = 128  # frames that are denoised together unless a request says otherwise
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
 
@@ -177,7 +179,12 @@ class Engine:
             merged=merged,
         )
 
-    def generate(self, request: Request, progress: Progress = lambda stage, done, total: None) -> Iterator[np.ndarray]:
+    def generate(
+        self,
+        request: Request,
+        progress: Progress = lambda stage, done, total: None,
+        start: Iterable[np.ndarray] | None = None,
+    ) -> Iterator[np.ndarray]:
         """Make the frames of a video.
 
         Denoising runs before this returns; decoding runs as the frames are taken.
@@ -185,6 +192,7 @@ class Engine:
         Args:
             progress: called with (stage, done, total) as each of "text", "denoise" (per step) and "decode" (per frame)
                 goes on.
+            start: (H, W, 3) uint8 RGB frames of the size and number asked for, to start from instead of noise alone.
 
         Returns:
             An iterator of (n, H, W, 3) uint8 RGB arrays, request.num_frames frames in all.
@@ -194,11 +202,15 @@ class Engine:
             OutOfMemory: it does not fit the device; known before the work where that can be, else during it.
         """
         plan = self.plan(request)
-        latents = self.denoised(request, progress, plan)
+        latents = self.denoised(request, progress, plan, start)
         return self._decoded(latents, plan, progress)
 
     def denoised(
-        self, request: Request, progress: Progress = lambda stage, done, total: None, plan: Plan | None = None
+        self,
+        request: Request,
+        progress: Progress = lambda stage, done, total: None,
+        plan: Plan | None = None,
+        start: Iterable[np.ndarray] | None = None,
     ) -> Tensor:
         """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding.
 
@@ -206,9 +218,12 @@ class Engine:
         """
         plan = plan or self.plan(request)
         log.info("Memory plan: %s", plan)
+        if start is None and request.strength is not None:
+            raise InvalidRequest("strength needs an init_video to start from; send one or leave strength out.")
+        x_0 = None if start is None else self.vae.encode(start, LEAN.chunk_pixels)
         while True:
             try:
-                return self._denoised(request, plan, progress)
+                return self._denoised(request, plan, progress, x_0)
             except (RuntimeError, MemoryError) as error:
                 if not memory.exhausted(error):
                     raise
@@ -222,12 +237,19 @@ class Engine:
             log.warning("Memory ran out. Memory plan: %s", plan)
 
     @torch.inference_mode()
-    def _denoised(self, request: Request, plan: Plan, progress: Progress) -> Tensor:
+    def _denoised(self, request: Request, plan: Plan, progress: Progress, start: Tensor | None = None) -> Tensor:
         sampling = self.sampling(request)
         self._adapt(sampling)
-        steps = self.schedule.steps(sampling.solver, sampling.steps)
+        strength = 1.0 if start is None else STRENGTH if request.strength is None else request.strength
+        begin = sampling.steps - math.ceil(sampling.steps * strength)
+        steps = self.schedule.steps(sampling.solver, sampling.steps, begin)
         draws = self.draws(request)
         noise = next(draws)
+        if start is not None:
+            if not steps:
+                return start
+            if begin:
+                noise = self.schedule.noised(start, noise, steps[0].t)
         timeline = self.timeline(request)
         conditions = self.unet.condition(self.text.encode(request.prompts))[:, None]  # of each prompt (1, 77, D)
         if sampling.guidance_scale != 1:

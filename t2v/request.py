@@ -16,11 +16,13 @@ BOUNDS = {
     "seed": (0, MAX_SEED),
     "guidance_scale": (1, 30),
     "quality": (1, 51),
+    "strength": (0, 1),
     "window": (4, 128),
     "width": (16, 1024),
     "height": (16, 1024),
 }
-MODELS_OWN = ("guidance_scale", "width", "height", "window")  # None stands for what suits the model
+MODELS_OWN = ("guidance_scale", "width", "height", "window", "strength")  # None stands for what suits the model
+FRACTIONS = ("guidance_scale", "strength")
 UNITS = {"width": "pixels", "height": "pixels"}
 CHOICES = {
     "preset": ("auto", "quality", "fast", "turbo"),
@@ -57,6 +59,7 @@ class Request:
             one prompt, else as many as the model was trained on. See `t2v.timeline`.
         loop: whether the first frame shall follow the last.
         next_prompts: what the video shows later, prompts separated by `|`, spread evenly along it after `prompt`.
+        strength: how far the video leaves the one it starts from: 0 is that one, 1 has nothing of it; None is 0.6.
 
     Raises:
         InvalidRequest: with a sentence that names the field, what came, and what is allowed.
@@ -78,6 +81,7 @@ class Request:
     window: int | None = None
     loop: bool = False
     next_prompts: str = ""
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         for name in TEXTS:
@@ -99,7 +103,7 @@ class Request:
             value = getattr(self, field.name)
             if field.name not in BOUNDS or (value is None and field.name in MODELS_OWN):
                 continue
-            number = _number(field.name, value, whole=field.name != "guidance_scale")
+            number = _number(field.name, value, whole=field.name not in FRACTIONS)
             object.__setattr__(self, field.name, number)
             if field.name in ("width", "height") and number % SIZE_MULTIPLE:
                 near = max(16, round(number / SIZE_MULTIPLE) * SIZE_MULTIPLE)

@@ -100,13 +100,22 @@ class Schedule:
             set_alpha_to_one=config.get("set_alpha_to_one", True),
         )
 
-    def steps(self, solver: Solver, n: int) -> list["Step"]:
-        """The n updates from pure noise to a clean sample, in the order they are made. 1 <= n <= T."""
+    def steps(self, solver: Solver, n: int, begin: int = 0) -> list["Step"]:
+        """The n updates from pure noise to a clean sample, in the order they are made. 1 <= n <= T.
+
+        Args:
+            begin: the first so many are left out; the one that is then first does without what was before it.
+        """
         if not 1 <= n <= len(self.alpha_bar):
             raise ValueError(f"{n} steps: a schedule of {len(self.alpha_bar)} timesteps allows 1 to that many")
         if isinstance(solver, FewStep):
-            return self._consistency(solver, n)
-        return {"dpm++": self._dpm_solver_2m, "ddim": self._ddim}[solver](n)
+            return self._consistency(solver, n)[begin:]
+        return self._ddim(n)[begin:] if solver == "ddim" else self._dpm_solver_2m(n, begin)[begin:]
+
+    def noised(self, x_0: Tensor, noise: Tensor, t: int) -> Tensor:
+        """x_t of a clean sample: alpha x_0 + sigma eps."""
+        alpha_bar = float(self.alpha_bar[t])
+        return math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * noise
 
     def _ddim(self, n: int) -> list["Step"]:
         """Deterministic DDIM (Song et al., arXiv 2010.02502, equation 12 with eta 0)."""
@@ -130,7 +139,7 @@ class Schedule:
             steps.append(self._step(t, alpha, sigma, from_x=ratio, from_x_0=alpha_next - ratio * alpha))
         return steps
 
-    def _dpm_solver_2m(self, n: int) -> list["Step"]:
+    def _dpm_solver_2m(self, n: int, begin: int) -> list["Step"]:
         """DPM-Solver++(2M), midpoint form (Lu et al., arXiv 2211.01095, algorithm 2), ending at sigma 0.
 
         The first and the last step are of first order. With fewer than 15 steps that is how the reference keeps them
@@ -157,7 +166,7 @@ class Schedule:
             h = lam[i + 1] - lam[i]
             weight = -alpha[i + 1] * math.expm1(-h)  # of x_0
             before = 0.0  # of the previous x_0, through the difference D1 = (x_0 - previous) / r
-            if 0 < i < n - 1 and lam[i] > lam[i - 1]:
+            if begin < i < n - 1 and lam[i] > lam[i - 1]:
                 r = (lam[i] - lam[i - 1]) / h if h else math.inf
                 before = -weight / (2 * r)
             ratio = sigma[i + 1] / sigma[i]

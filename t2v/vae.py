@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class VAE:
-    """Decoder half of the model's autoencoder; owns the latents' scale.
+    """The model's autoencoder; owns the latents' scale.
 
     Attributes:
         factor: pixels to one latent, per side.
@@ -75,6 +75,30 @@ class VAE:
             memory.release(images.device)  # here, where the error no longer holds on to tensors
         for finish in started:
             yield finish()
+
+    @torch.inference_mode()
+    def encode(self, frames: Iterable[np.ndarray], chunk_pixels: int = CHUNK_PIXELS) -> Tensor:
+        """(1, channels, F, h, w) float32 latents, the means of what the encoder gives, of (H, W, 3) uint8 RGB frames.
+
+        Frames are taken as they are encoded, `chunk_pixels` at a time.
+        """
+        latents: list[Tensor] = []
+        chunk: list[np.ndarray] = []
+        network = self.autoencoder
+
+        def encode() -> None:
+            x = torch.from_numpy(np.stack(chunk)).to(network.device).permute(0, 3, 1, 2)  # already channels last
+            means = network.encode((x.float() / 127.5 - 1).to(network.dtype), return_dict=False)[0].mode()
+            latents.append(means.float() * self.scale)
+            chunk.clear()
+
+        for frame in frames:
+            chunk.append(frame)
+            if len(chunk) * frame.shape[0] * frame.shape[1] >= chunk_pixels:
+                encode()
+        if chunk:
+            encode()
+        return torch.cat(latents).transpose(0, 1)[None]
 
     @torch.inference_mode()
     def _decode(self, images: Tensor) -> Callable[[], np.ndarray]:

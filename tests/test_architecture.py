@@ -24,12 +24,13 @@ ALLOWED = {
     "memory": set(),
     "watchdog": set(),
     "thread": set(),
+    "source": {"errors"},
     "timeline": set(),
     "networks": {"errors", "text", "unet3d", "vae"},
     "pickles": {"errors"},
     "convert": {"errors", "networks", "pickles", "unet3d", "weights"},
     "lora": {"errors", "convert", "pickles", "sampler", "unet3d", "upsample", "weights"},
-    "engine": set(PACKAGE) - {"video", "convert", "pickles", "engine"},
+    "engine": set(PACKAGE) - {"video", "source", "convert", "pickles", "engine"},
 }
 
 
@@ -57,7 +58,7 @@ def test_cog_is_known_to_the_predictor_alone_and_the_environment_to_the_edges():
         assert "environ" not in path.read_text() and "getenv" not in path.read_text()
 
 
-@pytest.mark.parametrize("module", ["errors", "request", "video"])
+@pytest.mark.parametrize("module", ["errors", "request", "video", "source"])
 def test_light_modules_load_without_torch(module: str):
     code = f"import sys, t2v.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -272,3 +272,39 @@ def test_memory_does_not_grow_with_the_windows(tiny: Engine):
             pass
         peaks.append(memory.peak(tiny.device))
     assert peaks[1] < 1.15 * peaks[0]
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "ddim"])
+def test_strength_moves_a_video_away_from_the_one_it_starts_from(demo: Engine, scheduler: str):
+    """Measured in latents; strength 0 is what the autoencoder makes of the video."""
+    start = frames(demo, prompt="a red circle moving right on a black background", seed=4, num_frames=16)
+    prompt = "a red square moving right on a black background"
+    request = Request(prompt, seed=1, num_inference_steps=10, scheduler=scheduler)
+    x_0 = demo.vae.encode(start)
+
+    def away(strength: float | None) -> float:
+        moved = demo.denoised(dataclasses.replace(request, strength=strength), start=start)
+        return float((moved - x_0).norm() / x_0.norm())
+
+    distances = [away(strength) for strength in (0, 0.3, 0.6, 1)]
+    assert distances[0] == 0 and all(near + 0.05 < far for near, far in zip(distances, distances[1:]))
+    assert away(None) == distances[2]
+    ignored = demo.denoised(dataclasses.replace(request, strength=1), start=start)
+    assert torch.equal(ignored, demo.denoised(request))
+    copied = np.concatenate(list(demo.generate(dataclasses.replace(request, strength=0), start=start)))
+    assert np.abs(copied.astype(int) - start).mean() < 10  # measured 6
+
+
+def test_strength_needs_something_to_start_from(tiny: Engine):
+    with pytest.raises(InvalidRequest, match="strength needs an init_video"):
+        tiny.generate(Request("a", strength=0.5))
+
+
+def test_encoding_equals_the_diffusers_encoder_in_chunks_too(tiny: Engine):
+    video = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
+    with torch.inference_mode():
+        x = torch.from_numpy(video).permute(0, 3, 1, 2).float() / 127.5 - 1
+        expected = tiny.vae.autoencoder.encode(x).latent_dist.mean * tiny.vae.scale
+    for chunk in (2**19, 2 * 32 * 48):
+        latents = tiny.vae.encode(iter(video), chunk)
+        assert latents.shape == (1, 4, 5, 4, 6) and torch.allclose(latents[0].transpose(0, 1), expected, atol=1e-5)

@@ -67,6 +67,8 @@ def test_every_default_and_limit_of_the_inputs():
         "window": {"type": "integer", "default": None, "nullable": True, "minimum": 4, "maximum": 128},
         "loop": {"type": "boolean", "default": False},
         "next_prompts": {"type": "string", "default": ""},
+        "init_video": {"type": "string", "format": "uri", "default": None, "nullable": True},
+        "strength": {"type": "number", "default": None, "nullable": True, "minimum": 0, "maximum": 1},
     }
     assert "required" not in inputs()
 
@@ -78,11 +80,13 @@ def test_request_holds_the_same_defaults_and_limits():
             assert BOUNDS[name] == (entry["minimum"], entry["maximum"])
         if "allOf" in entry:
             assert list(CHOICES[name]) == choices[name]["enum"]
-        if name != "seed":
+        if name not in ("seed", "init_video"):
             assert getattr(Request(), name) == entry["default"]
 
 
-@pytest.mark.parametrize("name", [n for n in BOUNDS if n not in ("guidance_scale", "width", "height", "window")])
+@pytest.mark.parametrize(
+    "name", [n for n in BOUNDS if n not in ("guidance_scale", "width", "height", "window", "strength")]
+)
 def test_schema_and_request_agree_at_the_limits(name: str):
     low, high = BOUNDS[name]
     for value in (low - 1, low, high, high + 1, 1.5, "16", True):

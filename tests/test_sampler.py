@@ -207,3 +207,11 @@ def test_step_counts_outside_the_schedule_are_refused(n: int):
 def test_other_schedules_are_refused(change: dict):
     with pytest.raises(WeightsError, match=next(iter(change))):
         Schedule.from_config(MS_SCHEDULER | change)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+def test_a_trajectory_begun_later_needs_nothing_from_before(solver):
+    schedule = Schedule.from_config(MS_SCHEDULER)
+    whole, later = schedule.steps(solver, 20), schedule.steps(solver, 20, begin=8)
+    assert [step.t for step in later] == [step.t for step in whole[8:]] and later[0].coefficients[4] == 0
+    assert later[1:] == whole[9:]

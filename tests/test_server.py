@@ -167,3 +167,35 @@ def test_missing_weights_fail_setup_in_one_sentence(tmp_path: Path):
         assert health["status"] == "SETUP_FAILED"
         assert "There is no weights folder" in health["setup"]["logs"] and "ms-1.7b" in health["setup"]["logs"]
         assert "Traceback" in broken.log.read_text()
+
+
+def test_a_video_can_start_from_another_one(server: Server, tmp_path: Path):
+    first = server.predict(input=QUICK | {"num_frames": 4}).json()["output"]
+    request = QUICK | {"num_frames": 4, "seed": 1, "num_inference_steps": 4, "init_video": first}
+    frames = {}
+    for strength in (0, 0.5, 1):
+        answer = server.predict(input=request | {"strength": strength}).json()
+        assert answer["status"] == "succeeded", answer
+        frames[strength] = video(answer, tmp_path / "a.mp4")[1]
+        assert read_metadata(tmp_path / "a.mp4")["strength"] == strength
+    assert all(not np.array_equal(frames[a], frames[b]) for a, b in ((0, 0.5), (0.5, 1), (0, 1)))
+    free = {k: v for k, v in request.items() if k != "init_video"}
+    assert np.array_equal(frames[1], video(server.predict(input=free).json(), tmp_path / "a.mp4")[1])
+
+
+@pytest.mark.parametrize(
+    "sent, sentence",
+    [
+        ("/etc/hostname", "init_video must be an http, https or data address, or a file sent along"),
+        ("file:///etc/hostname", "init_video must be an http, https or data address, or a file sent along"),
+        ("data:video/mp4;base64,bm8gdmlkZW8=", "init_video is of no known kind; send MP4"),
+    ],
+)
+def test_files_of_the_server_and_what_is_no_video_are_refused(server: Server, sent: str, sentence: str):
+    answer = server.predict(input=QUICK | {"init_video": sent}).json()
+    assert answer["status"] == "failed" and f"InvalidRequest: {sentence}" in answer["error"], answer
+
+
+def test_strength_without_a_video_is_refused(server: Server):
+    answer = server.predict(input=QUICK | {"strength": 0.5}).json()
+    assert "InvalidRequest: strength needs an init_video" in answer["error"]

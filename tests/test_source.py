@@ -1,0 +1,98 @@
+"""Callers' pictures and videos: real files, also of the kind that a caller should not send."""
+
+import subprocess
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from t2v import source
+from t2v.errors import InvalidRequest
+from t2v.video import write_video
+
+
+def clip(count: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """Frame i is grey of 10 i, its left third red."""
+    video = np.full((count, height, width, 3), 0, np.uint8)
+    video += (10 * np.arange(count, dtype=np.uint8))[:, None, None, None]
+    video[:, :, : width // 3] = (220, 20, 20)
+    return video
+
+
+def greys(frames: list[np.ndarray]) -> list[int]:
+    return [round(float(frame[:, -8:].mean()) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "gif"])
+def test_videos_are_taken_at_the_rate_asked_for_and_stand_still_at_their_end(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, [clip(16)], 8, {})
+    frames = list(source.frames(path, 6, 32, 48, 8))
+    assert greys(frames) == [0, 1, 2, 3, 4, 5] and frames[0].shape == (32, 48, 3)
+    assert greys(list(source.frames(path, 4, 32, 48, 4))) in ([0, 2, 4, 6], [1, 3, 5, 7])
+    assert greys(list(source.frames(path, 20, 32, 48, 8)))[14:] == [14, 15, 15, 15, 15, 15]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp"])
+def test_a_picture_stands_still(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    iio.imwrite(path, clip(3)[2])
+    frames = list(source.frames(path, 5, 32, 48, 8))
+    assert len(frames) == 5 and greys(frames) == [2] * 5
+    assert np.abs(frames[0][:, :12].astype(int) - (220, 20, 20)).mean() < 12
+
+
+def test_it_is_scaled_to_cover_and_cut_to_the_middle(tmp_path: Path):
+    path = tmp_path / "a.png"
+    iio.imwrite(path, clip(3)[2])
+    (frame,) = source.frames(path, 1, 64, 32, 8)  # 96x64 before the cut: its red ends at 32, where the cut begins
+    assert frame.shape == (64, 32, 3) and np.abs(frame[:, 3:].astype(int) - 20).mean() < 3
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"", "of no known kind; send MP4"),
+        (b"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:1,\nfile:///etc/passwd\n", "of no known kind"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "of no known kind"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "of no known kind"),
+        (b"\x89PNG\r\n\x1a\n" + b"nonsense" * 9, "cannot be decoded"),
+        (b"\0\0\0\x20ftypisom" + bytes(900), "cannot be decoded"),
+    ],
+)
+def test_what_is_no_video_is_refused(tmp_path: Path, content: bytes, sentence: str):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with pytest.raises(InvalidRequest, match=sentence):
+        list(source.frames(path, 2, 32, 32, 8))
+
+
+def test_size_and_pixels_are_bounded(tmp_path: Path):
+    large = tmp_path / "a.png"
+    iio.imwrite(large, np.zeros((4100, 4100), np.uint8))
+    with pytest.raises(InvalidRequest, match="a frame of it has more than 16777216 pixels"):
+        list(source.frames(large, 1, 32, 32, 8))
+    heavy = tmp_path / "b.png"
+    with heavy.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        file.truncate(source.MAX_BYTES + 1)
+    with pytest.raises(InvalidRequest, match="larger than 64 MiB"):
+        list(source.frames(heavy, 1, 32, 32, 8))
+
+
+def test_a_truncated_video_is_refused(tmp_path: Path):
+    path = tmp_path / "a.mp4"
+    write_video(path, [clip(16)], 8, {})
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(InvalidRequest, match="cannot be decoded"):
+        list(source.frames(path, 16, 32, 48, 8))
+
+
+def test_no_process_stays(tmp_path: Path):
+    path = tmp_path / "a.mp4"
+    write_video(path, [clip(16)], 8, {})
+    stream = source.frames(path, 16, 32, 48, 8)
+    next(stream)
+    stream.close()
+    assert not subprocess.run(["pgrep", "-f", f"file:{path}"], capture_output=True).stdout
