@@ -26,11 +26,12 @@ import torch
 from cog import BasePredictor, Input, Path
 from tqdm import tqdm
 
-from t2v import memory, thread, watchdog
+from t2v import memory, watchdog
 from t2v.engine import Engine
 from t2v.errors import InvalidRequest, T2VError
 from t2v.request import Request
 from t2v.source import frames
+from t2v.thread import Worker
 from t2v.video import write_video
 
 DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
@@ -44,8 +45,9 @@ class Predictor(BasePredictor):
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("t2v").setLevel(logging.INFO)
         self.broken = False
+        self.worker = Worker()
         try:
-            self.engine = thread.call(load)
+            self.engine = self.worker.call(load)
         except Exception:
             traceback.print_exc()  # Cog's health check keeps only the error's last line
             raise
@@ -138,7 +140,7 @@ class Predictor(BasePredictor):
             if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
                 raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
             self._tidy()
-            return Path(thread.call(self._make, request, init_video))
+            return Path(self.worker.call(self._make, request, init_video))
         except InvalidRequest:
             raise
         except T2VError:

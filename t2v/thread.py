@@ -1,16 +1,14 @@
-"""Runs a call in a thread of its own, for the sake of the CPU's parallel operations.
+"""One thread for all work, for the sake of the CPU's parallel operations.
 
-OpenMP keeps a team of threads for every thread that has called it, for as long as that one lives. Once the teams
-together have more threads than the machine has cores, their members no longer spin while they wait for work but sleep,
-and a step of the denoiser takes twice as long. Cog calls setup() in one thread and predict() in several others. A
-thread that has ended takes its team with it: so every call gets one, and there is never more than one team.
+OpenMP keeps a team of threads for every thread that has called it. Once the teams together have more threads than the
+machine has cores, their members no longer spin while they wait for work but sleep, and a step of the denoiser takes
+twice as long. Cog calls setup() in one thread and predict() in several others; here their work is done in one.
 """
 
 import contextvars
 import ctypes
-import math
+import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,42 +16,71 @@ INTERVAL = 0.05  # seconds between two looks for a cancellation, which Python ca
 PATIENCE = 1.0  # seconds that a call has to end after it was stopped, before it is told again
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, its result or its exception.
+class Call:
+    """One call, its outcome, and how far it is.
 
-    What stops this thread meanwhile, a cancellation, is passed on to the call; this returns when that has ended.
+    Attributes:
+        running: whether it may be stopped now.
+        stopped: whether it shall not begin any more.
     """
-    results: list[Any] = []
-    errors: list[BaseException] = []
-    done = threading.Event()
 
-    def run() -> None:
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]):
+        self.function, self.args = function, args
+        self.context = contextvars.copy_context()  # it is by that that Cog knows whose output a print is
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.running = self.stopped = False
+        self.done = threading.Event()
+
+
+class Worker:
+    """A thread that makes calls, one after the other. It lives as long as the process.
+
+    A thread for each call would do for OpenMP, but not for cancellations: in CPython 3.11 an exception sent to a thread
+    that is just starting another one may hit that one, which then never begins, while the first waits for it for ever.
+    """
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)` in the worker's thread, its result or its exception.
+
+        What stops the caller meanwhile, a cancellation, is passed on to the call; this returns when that has ended.
+        """
+        call = Call(function, args)
         try:
-            results.append(function(*args))
-        except BaseException as error:
-            errors.append(error)
-        done.set()
+            self.calls.put(call)
+            while not call.done.wait(INTERVAL):
+                pass
+        except BaseException as stop:
+            call.stopped = True
+            self.calls.put(call)  # it may not have got there; a second time does no harm
+            while not call.done.is_set():
+                with self.lock:
+                    if call.running:
+                        identity, kind = ctypes.c_ulong(self.thread.ident or 0), ctypes.py_object(type(stop))
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, kind)
+                call.done.wait(PATIENCE)
+            raise
+        if call.error:
+            raise call.error
+        return call.result
 
-    def wait(seconds: float) -> bool:
-        """Whether the call has ended; by the thread too, for what stops it may come right before `done`. Thread.join is
-        not used: stopped in it, Python 3.11 takes the thread that was waited for to have ended."""
-        deadline = time.monotonic() + seconds
-        while worker.is_alive() and time.monotonic() < deadline:
-            if done.wait(INTERVAL):
-                return True
-        return not worker.is_alive()
-
-    # In this thread's context: it is by that that Cog knows whose output a print is.
-    worker = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
-    worker.start()
-    try:
-        wait(math.inf)
-    except BaseException as stop:
-        while worker.is_alive() and not done.is_set():
-            identity, kind = ctypes.c_ulong(worker.ident or 0), ctypes.py_object(type(stop))
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, kind)
-            wait(PATIENCE)
-        raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    def _work(self) -> None:
+        while True:
+            call = self.calls.get()
+            try:
+                with self.lock:
+                    call.running = not (call.stopped or call.done.is_set())
+                if call.running:
+                    call.result = call.context.run(call.function, *call.args)
+                with self.lock:
+                    call.running = False
+            except BaseException as error:  # also what stops a call that has just returned
+                call.running = False
+                call.error = error
+            call.done.set()

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 
 import openapi_schema
 from conftest import ROOT
@@ -160,3 +161,15 @@ def test_the_python_client_works(server: Server, tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr
     assert "%|" in done.stdout and "'seed': 0" in done.stdout and (tmp_path / "circle.mp4").stat().st_size > 1000
+
+
+def test_the_probe_of_the_kubernetes_manifest_tells_well_from_ill(server: Server):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    (container,) = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"]
+    commands = [container[f"{kind}Probe"]["exec"]["command"] for kind in ("startup", "readiness", "liveness")]
+    assert commands[0] == commands[1] == commands[2]
+    port = server.url.rpartition(":")[2]
+    for code, found in (("READY", 0), ("SICK", 1)):
+        probe = [part.replace(":5000", f":{port}").replace("'READY'", repr(code)) for part in commands[0]]
+        server.until(lambda: server.health()["status"] == "READY", 30, "ready")
+        assert subprocess.run([sys.executable, *probe[1:]], timeout=30).returncode == found

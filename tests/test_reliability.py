@@ -336,16 +336,16 @@ def test_a_prediction_reports_its_stages_and_its_output(server: Server):
     assert "red circle" not in answer["logs"]
 
 
-def test_tracebacks_are_the_operators_and_sentences_the_callers(tiny_folder: Path, tmp_path: Path):
+def test_a_lost_device_shows_and_tracebacks_are_the_operators_alone(tiny_folder: Path, tmp_path: Path):
     source = (ROOT / "predict.py").read_text() + (
-        "\n\ndef _fail(*_):\n    raise RuntimeError('secret /etc/path at 0x7fff')\n\n\nEngine.denoised = _fail\n"
-        "Engine.warm_up = lambda self: None\n"
+        "\n\ndef _fail(*_):\n    raise torch.AcceleratorError('CUDA error: secret /etc/path at 0x7fff')\n\n\n"
+        "Engine.denoised = _fail\nEngine.warm_up = lambda self: None\n"
     )
     with serve(tmp_path / "server", tiny_folder, predictor=source) as failing:
         failing.start("hidden", input=QUICK)
-        failing.until(lambda: failing.health()["status"] == "READY", 30, "ready again")
+        failing.until(lambda: failing.health()["status"] == "UNHEALTHY", 30, "a lost device shows")
         answer = failing.predict(input=QUICK).json()
-        assert answer["status"] == "failed" and "An internal error (RuntimeError)" in answer["error"]
+        assert answer["status"] == "failed" and "An internal error (AcceleratorError)" in answer["error"]
         assert "secret" not in json.dumps(answer)
         log = failing.log.read_text()
         assert "Traceback" in log and "secret /etc/path" in log

@@ -1,37 +1,48 @@
-"""Calls in a thread of their own."""
+"""Calls in the worker's thread."""
 
 import contextvars
 import ctypes
+import random
 import threading
 import time
 
 import pytest
 
-from t2v import thread
+from t2v.thread import Worker
 
 
 class Stop(BaseException):
     pass
 
 
-def test_result_exception_and_context_pass():
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def stop(thread: threading.Thread) -> None:
+    assert thread.ident
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stop))
+
+
+def test_result_exception_and_context_pass(worker: Worker):
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     variable.set("mine")
-    caller = threading.get_ident()
-    assert thread.call(lambda x: (x, variable.get(), threading.get_ident() != caller), 3) == (3, "mine", True)
+    assert worker.call(lambda x: (x, variable.get()), 3) == (3, "mine")
     with pytest.raises(KeyError, match="wrong"):
-        thread.call({}.__getitem__, "wrong")
+        worker.call({}.__getitem__, "wrong")
 
 
-def test_every_call_ends_its_thread():
-    before = threading.active_count()
-    for _ in range(5):
-        thread.call(time.sleep, 0)
-    time.sleep(0.1)
-    assert threading.active_count() == before
+def test_all_calls_are_made_in_one_thread_whoever_asks(worker: Worker):
+    seen: list[int] = []
+    for _ in range(3):
+        asking = threading.Thread(target=lambda: seen.append(worker.call(threading.get_ident)))
+        asking.start()
+        asking.join(3)
+    assert seen == [worker.thread.ident] * 3
 
 
-def test_what_stops_the_caller_stops_the_call_and_is_waited_for():
+def test_what_stops_the_caller_stops_the_call_and_is_waited_for(worker: Worker):
     seen: list[str] = []
 
     def work() -> None:
@@ -44,13 +55,42 @@ def test_what_stops_the_caller_stops_the_call_and_is_waited_for():
 
     def caller() -> None:
         try:
-            thread.call(work)
+            worker.call(work)
         except Stop:
             seen.append("stopped")
 
-    running = threading.Thread(target=caller)
-    running.start()
+    asking = threading.Thread(target=caller)
+    asking.start()
     time.sleep(0.2)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(running.ident), ctypes.py_object(Stop))
-    running.join(3)
+    stop(asking)
+    asking.join(3)
     assert seen == ["cleaned up", "stopped"]
+    assert worker.call(lambda: "well") == "well"
+
+
+def test_stopped_at_any_moment_it_goes_on_to_the_next_call(worker: Worker):
+    ended: list[str] = []
+
+    def caller() -> None:
+        try:
+            worker.call(time.sleep, 0.002)
+            ended.append("done")
+        except Stop:
+            ended.append("stopped")
+
+    def guarded() -> None:
+        try:
+            caller()
+        except Stop:  # before or after all of it
+            ended.append("outside")
+
+    chance = random.Random(0)
+    for _ in range(300):
+        asking = threading.Thread(target=guarded)
+        asking.start()
+        time.sleep(chance.random() * 0.005)
+        if asking.is_alive():
+            stop(asking)
+        asking.join(5)
+        assert not asking.is_alive()
+    assert worker.call(lambda: "well") == "well" and {"done", "stopped"} <= set(ended)
