@@ -198,13 +198,13 @@ def test_memory_that_runs_out_is_met_with_a_leaner_plan_or_a_sentence(tiny_folde
 
         assert_well(limited)
         resident, mapped = worker.memory_info()[:2]
-        for spare in range(300, 901, 50):
+        for spare in range(200, 901, 50):
             answer, plans = predict(spare)
             if answer["status"] == "succeeded":
                 break
             assert "OutOfMemory: " in answer["error"], answer
         assert answer["status"] == "succeeded" and plans == ["usual", "lean"], answer.get("error", plans)
-        assert spare > 300  # the first was too little
+        assert spare > 200  # the first was too little
         assert_well(limited)
         assert worker.memory_info().rss - resident < 100 * 2**20
 
