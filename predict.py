@@ -40,7 +40,7 @@ COG_FOLDER = FilePath("/tmp/coglet/predictions")  # whatever TMPDIR says
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_DEVICE, T2V_DTYPE,
+        """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_UPSCALER, T2V_DEVICE, T2V_DTYPE,
         T2V_LORA, T2V_COMPILE; and T2V_LOG_PROMPTS at each prediction."""
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("t2v").setLevel(logging.INFO)
@@ -115,6 +115,9 @@ class Predictor(BasePredictor):
             le=1,
             description="How far to leave init_video: 0 keeps it, 1 ignores it. Left blank, 0.6",
         ),
+        upscale: int = Input(
+            default=1, ge=1, le=2, description="2 makes the video twice as wide and high, in a second pass"
+        ),
     ) -> Path:
         """Make a video. Every keyword is a field of t2v.request.Request."""
         try:
@@ -136,6 +139,7 @@ class Predictor(BasePredictor):
                 loop=loop,
                 next_prompts=next_prompts,
                 strength=strength,
+                upscale=upscale,
             )
             if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
                 raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
@@ -166,7 +170,7 @@ class Predictor(BasePredictor):
         with torch.inference_mode():
             start = None
             if init_video is not None:
-                height, width = self.engine.size(request)
+                height, width = self.engine.passes(request)[0].size
                 start = frames(init_video, request.num_frames, height, width, request.fps)
             made = report.decoding(self.engine.generate(request, report.progress, start))
             info = write_video(path, made, request.fps, self.engine.metadata(request), request.quality)
@@ -205,13 +209,14 @@ class Predictor(BasePredictor):
 
 
 def load() -> Engine:
-    engine = Engine.load(
-        os.environ.get("T2V_WEIGHTS") or DEMO,
-        device=os.environ.get("T2V_DEVICE") or "auto",
-        dtype=os.environ.get("T2V_DTYPE") or "auto",
-        lora=os.environ.get("T2V_LORA"),
-        compile=os.environ.get("T2V_COMPILE") == "1",
-    )
+    where: dict[str, Any] = {
+        "device": os.environ.get("T2V_DEVICE") or "auto",
+        "dtype": os.environ.get("T2V_DTYPE") or "auto",
+        "compile": os.environ.get("T2V_COMPILE") == "1",
+    }
+    engine = Engine.load(os.environ.get("T2V_WEIGHTS") or DEMO, lora=os.environ.get("T2V_LORA"), **where)
+    if os.environ.get("T2V_UPSCALER"):
+        engine.upscaler = Engine.load(os.environ["T2V_UPSCALER"], **where)
     engine.warm_up()
     return engine
 
@@ -221,7 +226,7 @@ class Report:
     line as tqdm prints it, which Replicate's clients read.
 
     Attributes:
-        seconds: by stage; "text", "denoise", "decode", "encode".
+        seconds: by stage; "start", "text", "denoise", "decode", "encode".
     """
 
     def __init__(self, request: Request):

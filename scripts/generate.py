@@ -1,6 +1,7 @@
 """Make a video from the command line, without a server."""
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -28,6 +29,8 @@ def main() -> None:
         ("window", int, "frames denoised together; all, or as many as suit the model for long videos, if omitted"),
         ("width", int, "pixels, a multiple of 8; the model's own if omitted"),
         ("height", int, "pixels, a multiple of 8; the model's own if omitted"),
+        ("strength", float, "how far to leave --init-video: 0 keeps it, 1 ignores it; 0.6 if omitted"),
+        ("upscale", int, "2 makes the video twice as wide and high, in a second pass"),
     ):
         default = None if name == "seed" else getattr(defaults, name)
         low, high = BOUNDS[name]
@@ -36,6 +39,7 @@ def main() -> None:
         parser.add_argument(option, type=kind, default=default, help=f"{about}; {low} to {high}{shown}")
     parser.add_argument("--negative-prompt", default="", help="what to lead the video away from")
     parser.add_argument("--next-prompts", default="", help="what the video shows later on, separated by |")
+    parser.add_argument("--init-video", type=Path, help="video or picture to start from")
     parser.add_argument("--loop", action="store_true", help="let the first frame follow the last")
     for name, about in (
         ("preset", "auto is turbo where a few-step LoRA is given, else quality"),
@@ -46,6 +50,7 @@ def main() -> None:
         parser.add_argument(option, choices=CHOICES[name], default=default, help=f"{about} (default {default})")
     parser.add_argument("--out", type=Path, help="the file to write (default outputs/<prompt>-<seed>.<format>)")
     parser.add_argument("--weights", default=os.environ.get("T2V_WEIGHTS") or str(ROOT / "weights" / "demo"))
+    parser.add_argument("--upscaler", default=os.environ.get("T2V_UPSCALER"), help="other model for --upscale 2")
     parser.add_argument("--device", default=os.environ.get("T2V_DEVICE") or "auto")
     parser.add_argument("--dtype", default=os.environ.get("T2V_DTYPE") or "auto")
     parser.add_argument("--lora", default=os.environ.get("T2V_LORA"), help="path[:scale]")
@@ -57,15 +62,19 @@ def main() -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    inputs = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "device", "dtype", "lora")}
-    request = Request(**inputs)  # refused before the seconds that the libraries take to load
+    names = {field.name for field in dataclasses.fields(Request)}
+    # Refused, if it is, before the seconds that the libraries take to load.
+    request = Request(**{k: v for k, v in vars(args).items() if k in names})
 
     from tqdm import tqdm
 
     from t2v.engine import Engine
+    from t2v.source import frames
     from t2v.video import write_video
 
     engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora)
+    if args.upscaler:
+        engine.upscaler = Engine.load(args.upscaler, args.device, args.dtype)
     print(f"Model: {engine.describe()}")
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
     path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.{request.output_format}"
@@ -73,15 +82,20 @@ def generate(args: argparse.Namespace) -> None:
         sys.exit(f"scripts/generate: --out ends in {path.suffix or 'nothing'}, not in .{request.output_format}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with tqdm(total=request.num_inference_steps, desc="denoise") as bar:
+    start = None
+    if args.init_video:
+        height, width = engine.passes(request)[0].size
+        start = frames(args.init_video, request.num_frames, height, width, request.fps)
+    with tqdm(desc="denoise") as bar:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage == "denoise":
+                if done == 1:
+                    bar.reset(total)
                 bar.update(done - bar.n)
 
-        info = write_video(
-            path, engine.generate(request, progress), request.fps, engine.metadata(request), request.quality
-        )
+        made = engine.generate(request, progress, start)
+        info = write_video(path, made, request.fps, engine.metadata(request), request.quality)
     seconds = time.perf_counter() - started
     print(f"{info.frames} frames of {info.width}x{info.height} in {seconds:.1f} s, seed {request.seed}")
     print(path)

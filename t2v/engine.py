@@ -1,16 +1,16 @@
 """The model as a whole: a request in, frames out."""
 
-import dataclasses
 import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from t2v import memory, weights
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 TRACE_AFTER = 50  # steps of one shape on a CPU
 MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
-STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise
+STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise, and of a second pass
 MOST_AT_ONCE = 128  # frames that are denoised together unless a request says otherwise
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
 
@@ -73,6 +73,20 @@ class Sampling:
     embedded: float | None = None
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Noise, or the frames of the pass before, to clean latents, by one model."""
+
+    engine: "Engine"
+    request: Request
+    plan: Plan
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.engine.size(self.request)
+
+
 class Engine:
     """Text encoder, denoiser, autoencoder and schedule of one model.
 
@@ -83,7 +97,10 @@ class Engine:
         guidance_scale: for requests that leave it to the model.
         native_frames: the model was trained on at once.
         merged: the adaptation in the denoiser's weights, if there is one.
+        upscaler: another model for second passes; None is this one.
     """
+
+    upscaler: "Engine | None" = None
 
     def __init__(
         self,
@@ -187,12 +204,13 @@ class Engine:
     ) -> Iterator[np.ndarray]:
         """Make the frames of a video.
 
-        Denoising runs before this returns; decoding runs as the frames are taken.
+        Denoising runs before this returns, the last pass of it where there are two; decoding as the frames are taken.
 
         Args:
-            progress: called with (stage, done, total) as each of "text", "denoise" (per step) and "decode" (per frame)
-                goes on.
-            start: (H, W, 3) uint8 RGB frames of the size and number asked for, to start from instead of noise alone.
+            progress: called with (stage, done, total) as each of "start" (once, where there is one), "text", "denoise"
+                (per step) and "decode" (per frame) goes on; in every pass anew.
+            start: (H, W, 3) uint8 RGB frames to start from instead of noise alone, as many as asked for, of the size of
+                the first pass.
 
         Returns:
             An iterator of (n, H, W, 3) uint8 RGB arrays, request.num_frames frames in all.
@@ -201,9 +219,14 @@ class Engine:
             InvalidRequest: this model cannot do it.
             OutOfMemory: it does not fit the device; known before the work where that can be, else during it.
         """
-        plan = self.plan(request)
-        latents = self.denoised(request, progress, plan, start)
-        return self._decoded(latents, plan, progress)
+        if start is None and request.strength is not None:
+            raise InvalidRequest("strength needs an init_video to start from; send one or leave strength out.")
+        *before, last = self.passes(request)
+        for one in before:
+            latents = one.engine.denoised(one.request, progress, one.plan, start)
+            start = _enlarged(one.engine._decoded(latents, one.plan, progress))
+        latents = last.engine.denoised(last.request, progress, last.plan, start)
+        return last.engine._decoded(latents, last.plan, progress)
 
     def denoised(
         self,
@@ -212,15 +235,16 @@ class Engine:
         plan: Plan | None = None,
         start: Iterable[np.ndarray] | None = None,
     ) -> Tensor:
-        """(1, channels, F, h, w) float32 clean latents of a request; `generate` without the decoding.
+        """(1, channels, F, h, w) float32 clean latents of a request; one pass of `generate` without the decoding.
 
         Where memory runs out although there seemed to be enough, it is tried once more with the leanest plan.
         """
         plan = plan or self.plan(request)
         log.info("Memory plan: %s", plan)
-        if start is None and request.strength is not None:
-            raise InvalidRequest("strength needs an init_video to start from; send one or leave strength out.")
-        x_0 = None if start is None else self.vae.encode(start, LEAN.chunk_pixels)
+        x_0 = None
+        if start is not None:
+            x_0 = self.vae.encode(start, LEAN.chunk_pixels)
+            progress("start", 1, 1)
         while True:
             try:
                 return self._denoised(request, plan, progress, x_0)
@@ -310,34 +334,54 @@ class Engine:
         small: dict[str, Any] = {} if cuda else {"num_frames": 1, "width": 16, "height": 16}
         for _ in self.generate(Request(num_inference_steps=1, seed=0, **small)):
             pass
+        if self.upscaler:
+            self.upscaler.warm_up()
 
     def release(self) -> None:
         """Give back all memory that no request needs to hold."""
-        for recorded in (self.step, self.predict):
-            if isinstance(recorded, Graphs):
-                recorded.clear()
+        for engine in filter(None, (self, self.upscaler)):
+            for recorded in (engine.step, engine.predict):
+                if isinstance(recorded, Graphs):
+                    recorded.clear()
         memory.release(self.device)
 
     @property
     def device(self) -> torch.device:
         return self.text.encoder.device
 
-    def plan(self, request: Request) -> Plan:
-        """How the request fits into the memory that is free now.
+    def passes(self, request: Request) -> list["Pass"]:
+        """What is done for the request, one after the other: one pass, or two where it is to be upscaled.
 
         Raises:
-            InvalidRequest: this model cannot do it, or it is more work than one request may be.
+            InvalidRequest: the model cannot do it, or it is more work than one request may be.
             OutOfMemory: it does not fit; the message says how many frames would.
         """
-        rows = 1 if self.sampling(request).guidance_scale == 1 else 2
-        height, width = self.size(request)
-        timeline, shape = self.timeline(request), self._shape(request)
-        work = len(timeline.starts(0)) * timeline.size * height * width * self.sampling(request).steps
+        runs = [(self, request)]
+        if request.upscale > 1:
+            first = replace(request, upscale=1)
+            height, width = self.size(first)
+            second = replace(request, strength=STRENGTH, height=height, width=width)
+            if self.upscaler and isinstance(self.sampling(request).solver, FewStep):  # its adaptation is not there
+                second = replace(second, preset="fast", num_inference_steps=FAST_STEPS, guidance_scale=None)
+            runs = [(self, first), (self.upscaler or self, second)]
+        work = sum(engine._work(one) for engine, one in runs)
         if work > MAX_WORK:
             raise InvalidRequest(
                 f"{self._size_of(request)} in {request.num_inference_steps} steps is {work / MAX_WORK:.1f} times the "
                 "work allowed in one request; ask for fewer frames, pixels or steps."
             )
+        return [Pass(engine, one, engine.plan(one)) for engine, one in runs]
+
+    def plan(self, request: Request) -> Plan:
+        """How one pass fits into the memory that is free now.
+
+        Raises:
+            InvalidRequest: this model cannot do it.
+            OutOfMemory: it does not fit; the message says how many frames would.
+        """
+        rows = 1 if self.sampling(request).guidance_scale == 1 else 2
+        height, width = self.size(request)
+        timeline, shape = self.timeline(request), self._shape(request)
         for plan in (USUAL, LEAN):
             free = memory.free(self.device)
             chunk = max(1, min(request.num_frames, plan.chunk_pixels // (height * width)))
@@ -373,7 +417,8 @@ class Engine:
 
     def size(self, request: Request) -> tuple[int, int]:
         """(height, width) in pixels of the video the request asks for."""
-        height, width = request.height or self.native_size[0], request.width or self.native_size[1]
+        asked = request.height, request.width
+        height, width = (request.upscale * (side or native) for side, native in zip(asked, self.native_size))
         if height % self.vae.factor or width % self.vae.factor:
             raise InvalidRequest(f"width and height must be multiples of {self.vae.factor}, not {width}x{height}.")
         return height, width
@@ -393,6 +438,12 @@ class Engine:
                 f"next_prompts need more frames than are denoised together: more than {window}, or a smaller window."
             )
         return Timeline(request.num_frames, window, request.loop)
+
+    def _work(self, request: Request) -> int:
+        """Frames x pixels x steps of one pass."""
+        timeline, strength = self.timeline(request), 1 if request.strength is None else request.strength
+        steps = math.ceil(self.sampling(request).steps * strength)
+        return len(timeline.starts(0)) * timeline.size * math.prod(self.size(request)) * steps
 
     def _shape(self, request: Request) -> tuple[int, ...]:
         height, width = self.size(request)
@@ -451,9 +502,11 @@ class Engine:
         settled["num_inference_steps"] = sampling.steps
         settled["window"] = self.timeline(request).size
         settled["guidance_scale"] = sampling.embedded or sampling.guidance_scale
+        if request.upscale > 1 and self.upscaler:
+            settled["upscaler"] = self.upscaler.name
         if self.merged and self._adapted(sampling):
             settled["lora"] = f"{self.merged.lora.name}:{self.merged.scale:g}"
-        return dataclasses.asdict(request) | settled
+        return asdict(request) | settled
 
     def _adapt(self, sampling: Sampling) -> None:
         """Merge a few-step adaptation for the requests that are sampled so, and take it out for the others."""
@@ -485,6 +538,14 @@ class Engine:
             if not memory.exhausted(error):
                 raise
             raise OutOfMemory("The device's memory ran out in decoding; ask for a smaller size.") from error
+
+
+def _enlarged(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Frames (H, W, 3) uint8, twice as wide and high as those of the chunks."""
+    for chunk in chunks:
+        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, scale_factor=2, mode="bicubic", align_corners=False)
+        yield from pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ BOUNDS = {
     "window": (4, 128),
     "width": (16, 1024),
     "height": (16, 1024),
+    "upscale": (1, 2),
 }
 MODELS_OWN = ("guidance_scale", "width", "height", "window", "strength")  # None stands for what suits the model
 FRACTIONS = ("guidance_scale", "strength")
@@ -60,6 +61,8 @@ class Request:
         loop: whether the first frame shall follow the last.
         next_prompts: what the video shows later, prompts separated by `|`, spread evenly along it after `prompt`.
         strength: how far the video leaves the one it starts from: 0 is that one, 1 has nothing of it; None is 0.6.
+        upscale: 2 makes the video twice as wide and high as `width` and `height` say, in a second pass that starts from
+            the frames of the first; 1 is without.
 
     Raises:
         InvalidRequest: with a sentence that names the field, what came, and what is allowed.
@@ -82,6 +85,7 @@ class Request:
     loop: bool = False
     next_prompts: str = ""
     strength: float | None = None
+    upscale: int = 1
 
     def __post_init__(self) -> None:
         for name in TEXTS:

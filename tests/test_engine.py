@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
 
 from conftest import DEMO, TINY_UNET
@@ -298,6 +299,44 @@ def test_strength_moves_a_video_away_from_the_one_it_starts_from(demo: Engine, s
 def test_strength_needs_something_to_start_from(tiny: Engine):
     with pytest.raises(InvalidRequest, match="strength needs an init_video"):
         tiny.generate(Request("a", strength=0.5))
+
+
+def test_upscaling_is_a_second_pass_from_the_frames_of_the_first(tiny: Engine):
+    """By another model with sizes of its own, or by the same."""
+    request = Request("a circle", num_frames=3, num_inference_steps=5, seed=3, width=40, height=24)
+    first = torch.from_numpy(np.concatenate(list(tiny.generate(request)))).permute(0, 3, 1, 2)
+    large = F.interpolate(first.float(), scale_factor=2, mode="bicubic").round().clamp(0, 255).byte()
+    again = dataclasses.replace(request, width=80, height=48, strength=0.6)
+    expected = np.concatenate(list(tiny.generate(again, start=large.permute(0, 2, 3, 1).numpy())))
+    upscaled = dataclasses.replace(request, upscale=2)
+    told: list[str] = []
+    video = np.concatenate(list(tiny.generate(upscaled, lambda *event: told.append(event[0]))))
+    assert video.shape == (3, 48, 80, 3) and np.array_equal(video, expected)
+    one = ["text", *["denoise"] * 5, "decode"]
+    assert told == [*one, "start", "text", *["denoise"] * 3, "decode"]
+    assert (tiny.metadata(upscaled)["width"], tiny.metadata(upscaled)["height"]) == (80, 48)
+
+    parts = {name: getattr(tiny, name) for name in ("text", "unet", "vae", "schedule", "merged")}
+    tall = Engine(**parts, native_size=(64, 16), name="tall")
+    tall.upscaler = Engine(**parts, native_size=(8, 8), name="large", guidance_scale=1.0)
+    native = dataclasses.replace(upscaled, width=None, height=None)
+    assert frames(tall, seed=0, upscale=2).shape == (3, 128, 32, 3)
+    assert tall.metadata(native)["upscaler"] == "large" and "upscaler" not in tiny.metadata(native)
+    (_, second) = tall.passes(native)
+    assert second.engine is tall.upscaler and second.size == (128, 32)
+    assert second.engine.sampling(second.request).guidance_scale == 1
+
+
+def test_both_passes_are_looked_at_before_the_work(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiny, "_denoised", lambda *_: pytest.fail("work was done"))
+    large = Request(num_frames=128, width=512, height=512, num_inference_steps=200, upscale=2)
+    with pytest.raises(InvalidRequest, match="128 frames of 1024x1024 in 200 steps is 1.3 times the work allowed"):
+        tiny.generate(large)  # 512^2 x 128 x 200 steps and 1024^2 x 128 x 120
+    small = dataclasses.replace(large, num_inference_steps=1)
+    need = tiny.passes(small)[1].engine.unet.workspace(1, (1, 4, 128, 128, 128))
+    monkeypatch.setattr(memory, "free", lambda device: need / 2)
+    with pytest.raises(OutOfMemory, match="128 frames of 1024x1024 need"):
+        tiny.generate(small)
 
 
 def test_encoding_equals_the_diffusers_encoder_in_chunks_too(tiny: Engine):

@@ -69,6 +69,7 @@ def test_every_default_and_limit_of_the_inputs():
         "next_prompts": {"type": "string", "default": ""},
         "init_video": {"type": "string", "format": "uri", "default": None, "nullable": True},
         "strength": {"type": "number", "default": None, "nullable": True, "minimum": 0, "maximum": 1},
+        "upscale": {"type": "integer", "default": 1, "minimum": 1, "maximum": 2},
     }
     assert "required" not in inputs()
 

@@ -198,7 +198,7 @@ def test_memory_that_runs_out_is_met_with_a_leaner_plan_or_a_sentence(tiny_folde
 
         assert_well(limited)
         resident, mapped = worker.memory_info()[:2]
-        for spare in range(200, 901, 50):
+        for spare in range(200, 901, 100):
             answer, plans = predict(spare)
             if answer["status"] == "succeeded":
                 break

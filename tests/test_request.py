@@ -38,6 +38,7 @@ from t2v.request import MAX_PROMPT, MAX_SEED, Request
         ("output_format", "avi", "output_format must be one of mp4, webm, gif, not 'avi'"),
         ("quality", 0, "quality must be a whole number from 1 to 51, not 0"),
         ("window", 3, "window must be a whole number from 4 to 128, not 3"),
+        ("upscale", 3, "upscale must be a whole number from 1 to 2, not 3"),
         ("loop", 1, "loop must be true or false, not 1"),
         ("width", 100, "width must be a multiple of 8; 100 is not, 96 is"),
         ("height", 8, r"height must be a whole number from 16 to 1024 \(pixels\), not 8"),

@@ -1,11 +1,13 @@
 """The scripts, run as people run them."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_demo
@@ -21,9 +23,11 @@ def run(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.Compl
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "scripts").glob("*.py") if p.stem != "demo_world"))
-def test_help(name: str):
-    result = run(name, "--help")
-    assert result.returncode == 0 and "usage" in result.stdout
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    assert not end.value.code and "usage" in capsys.readouterr().out
 
 
 def test_generate_writes_where_it_says(tiny_folder: Path, tmp_path: Path):
@@ -34,6 +38,15 @@ def test_generate_writes_where_it_says(tiny_folder: Path, tmp_path: Path):
     assert "Model: tiny" in result.stdout
     assert read_video(tmp_path / "a.mp4")[0] == VideoInfo(2, 40, 32, 5)
     assert read_metadata(tmp_path / "a.mp4")["seed"] == 0
+
+
+def test_generate_starts_from_a_picture_and_makes_it_larger(tiny_folder: Path, tmp_path: Path):
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
+    options = ["--weights", tiny_folder, "--num-frames", "2", "--num-inference-steps", "2", "--out", tmp_path / "a.gif"]
+    more = ["--init-video", tmp_path / "red.png", "--strength", "0.5", "--upscale", "2", "--output-format", "gif"]
+    result = run("generate.py", "a red circle", *options, *more, "--upscaler", tiny_folder)
+    assert result.returncode == 0, result.stderr
+    assert "2 frames of 64x64" in result.stdout and (tmp_path / "a.gif").read_bytes()[:4] == b"GIF8"
 
 
 def test_generate_says_which_model_made_a_foreign_prompt_and_what_it_knows(tmp_path: Path):

@@ -148,6 +148,8 @@ def test_every_control_reaches_the_engine(server: Server, tmp_path: Path):
         assert all(told[name] == value for name, value in change.items())
     sized = video(server.predict(input=base | {"width": 48, "height": 16}).json(), tmp_path / "c.mp4")[0]
     assert (sized.width, sized.height) == (48, 16)
+    large = video(server.predict(input=base | {"upscale": 2}).json(), tmp_path / "c.mp4")[0]
+    assert (large.width, large.height) == (64, 64) and read_metadata(tmp_path / "c.mp4")["upscale"] == 2
     small = server.predict(input=base | {"quality": 51}).json()["output"]
     assert len(small) < len(server.predict(input=base | {"quality": 5}).json()["output"])
 
