@@ -56,6 +56,7 @@ class Predictor(BasePredictor):
         self.outputs = FilePath(tempfile.mkdtemp(prefix="t2v-"))
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
         watchdog.start(self.outputs)
+        memory.settle()
 
     def healthcheck(self) -> bool:
         """False once the device has failed for good: only a new process can use it again."""

@@ -1,5 +1,8 @@
 """Memory: how much is free, how much was used, whether it ran out."""
 
+import gc
+import weakref
+
 import psutil
 import pytest
 import torch
@@ -40,3 +43,22 @@ def test_what_running_out_looks_like():
     assert memory.exhausted(caught.value)
     assert memory.exhausted(MemoryError()) and memory.exhausted(torch.OutOfMemoryError("CUDA out of memory"))
     assert not memory.exhausted(RuntimeError("shapes do not fit")) and not memory.exhausted(ValueError("bad_alloc"))
+
+
+def test_what_has_settled_is_looked_through_no_more_and_new_garbage_is():
+    class Link:
+        pass
+
+    def cycle() -> weakref.ref:
+        one, two = Link(), Link()
+        one.other, two.other = two, one
+        return weakref.ref(one)
+
+    try:
+        memory.settle()
+        assert gc.get_freeze_count() > 100_000 and len(gc.get_objects()) < 10_000
+        garbage = cycle()
+        memory.trim()
+        assert garbage() is None
+    finally:
+        gc.unfreeze()
