@@ -27,7 +27,7 @@ from cog import BasePredictor, Input, Path
 from tqdm import tqdm
 
 from t2v import memory, watchdog
-from t2v.engine import Engine
+from t2v.engine import Engine, Look
 from t2v.errors import InvalidRequest, T2VError
 from t2v.request import Request
 from t2v.source import frames
@@ -120,32 +120,30 @@ class Predictor(BasePredictor):
             default=1, ge=1, le=2, description="2 makes the video twice as wide and high, in a second pass"
         ),
     ) -> Path:
-        """Make a video. Every keyword is a field of t2v.request.Request."""
+        """Make a video. Every keyword but init_video is a field of t2v.request.Request."""
+        inputs = locals()
+        del inputs["self"]
+        with self.answering():
+            return Path(self.worker.call(self.make, *self.understood(inputs)))
+
+    def understood(self, inputs: dict[str, Any]) -> tuple[Request, FilePath | None]:
+        """The request, and the file it starts from.
+
+        Raises:
+            InvalidRequest: an input is not as it must be.
+        """
+        request = Request(**{name: value for name, value in inputs.items() if name != "init_video"})
+        init_video = inputs["init_video"]
+        if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
+            raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
+        self._tidy()
+        return request, init_video
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """What fails inside is told to the caller in a sentence, to the operator in full."""
         try:
-            request = Request(
-                prompt=prompt,
-                num_frames=num_frames,
-                num_inference_steps=num_inference_steps,
-                fps=fps,
-                seed=seed,
-                guidance_scale=guidance_scale,
-                width=width,
-                height=height,
-                preset=preset,
-                negative_prompt=negative_prompt,
-                scheduler=scheduler,
-                output_format=output_format,
-                quality=quality,
-                window=window,
-                loop=loop,
-                next_prompts=next_prompts,
-                strength=strength,
-                upscale=upscale,
-            )
-            if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
-                raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
-            self._tidy()
-            return Path(self.worker.call(self._make, request, init_video))
+            yield
         except InvalidRequest:
             raise
         except T2VError:
@@ -160,12 +158,15 @@ class Predictor(BasePredictor):
         finally:
             memory.trim()
 
-    def _make(self, request: Request, init_video: FilePath | None) -> FilePath:
+    def make(
+        self, request: Request, init_video: FilePath | None, look: Look = lambda done, total, sketch: None
+    ) -> FilePath:
+        """The file of the video."""
         print(f"Using seed: {request.seed}")
         print(f"Model: {self.engine.describe()}")
         memory.mark(self.engine.device)
         report = Report(request)
-        path = self.outputs / f"t2v-{request.seed}-{uuid.uuid4().hex}.{request.output_format}"
+        path = self.path(f"t2v-{request.seed}", request.output_format)
         # Inside, not as a decorator: Cog fills in defaults on the outermost function only. And here, not in setup():
         # gradient mode belongs to the thread, and predict() runs in another one.
         with torch.inference_mode():
@@ -173,7 +174,7 @@ class Predictor(BasePredictor):
             if init_video is not None:
                 height, width = self.engine.passes(request)[0].size
                 start = frames(init_video, request.num_frames, height, width, request.fps)
-            made = report.decoding(self.engine.generate(request, report.progress, start))
+            made = report.decoding(self.engine.generate(request, report.progress, start, look))
             info = write_video(path, made, request.fps, self.engine.metadata(request), request.quality)
         report.end("encode")
         self._record(
@@ -187,6 +188,10 @@ class Predictor(BasePredictor):
             video_output_total_pixel_count=info.frames * info.width * info.height,
         )
         return path
+
+    def path(self, name: str, suffix: str) -> FilePath:
+        """Of a new file for the caller; it stays until the next prediction."""
+        return self.outputs / f"{name}-{uuid.uuid4().hex}.{suffix}"
 
     def _tidy(self) -> None:
         """Remove what earlier predictions have left: their files, and the empty directories that Cog makes for each

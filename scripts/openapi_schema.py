@@ -54,8 +54,10 @@ def document(source: str, class_name: str, cog_version: str) -> dict[str, Any]:
     inputs: dict[str, Any] = {"properties": properties, "title": "Input", "type": "object"}
     if required:
         inputs["required"] = required
-    output, _ = _type("the output", method.returns)
-    return _document(inputs, {"title": "Output", **TYPES[output]}, enums, cog_version)
+    schema = _document(inputs, {"title": "Output", **_output(method.returns)}, enums, cog_version)
+    if any(isinstance(decorator, ast.Name) and decorator.id == "streaming" for decorator in method.decorator_list):
+        schema["paths"]["/predictions"]["post"]["x-cog-streaming"] = True
+    return schema
 
 
 def _method(tree: ast.Module, class_name: str) -> ast.FunctionDef:
@@ -76,6 +78,14 @@ def _type(name: str, annotation: ast.expr | None) -> tuple[str, bool]:
             return kind, False
     shown = "nothing" if annotation is None else ast.unparse(annotation)
     raise NotStatic(f"{name} is annotated with {shown}, not with one of {', '.join(TYPES)}, or one of them | None")
+
+
+def _output(annotation: ast.expr | None) -> dict[str, Any]:
+    """The schema of what `-> T` or `-> Iterator[T]` returns."""
+    match annotation:
+        case ast.Subscript(value=ast.Name(id="Iterator"), slice=item):
+            return {"type": "array", "items": _output(item), "x-cog-array-type": "iterator"}
+    return TYPES[_type("the output", annotation)[0]]
 
 
 def _keywords(name: str, call: ast.expr) -> dict[str, Any]:

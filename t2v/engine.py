@@ -27,10 +27,12 @@ from t2v.upsample import fold
 from t2v.vae import CHUNK_PIXELS, VAE
 
 Progress = Callable[[str, int, int], None]
+Look = Callable[[int, int, Callable[[], np.ndarray]], None]
 
 TRACE_AFTER = 50  # steps of one shape on a CPU
 MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
 STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise, and of a second pass
+SKETCHED = 4  # frames that one stands for in a view of an unfinished video
 MOST_AT_ONCE = 128  # frames that are denoised together unless a request says otherwise
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
 
@@ -201,6 +203,7 @@ class Engine:
         request: Request,
         progress: Progress = lambda stage, done, total: None,
         start: Iterable[np.ndarray] | None = None,
+        look: Look = lambda done, total, sketch: None,
     ) -> Iterator[np.ndarray]:
         """Make the frames of a video.
 
@@ -211,6 +214,8 @@ class Engine:
                 (per step) and "decode" (per frame) goes on; in every pass anew.
             start: (H, W, 3) uint8 RGB frames to start from instead of noise alone, as many as asked for, of the size of
                 the first pass.
+            look: called with (done, total, sketch) after every denoising step; sketch() gives (F, H, W, 3) uint8 RGB,
+                the video as it is then foreseen, of which only every fourth frame was decoded and stands for four.
 
         Returns:
             An iterator of (n, H, W, 3) uint8 RGB arrays, request.num_frames frames in all.
@@ -223,9 +228,9 @@ class Engine:
             raise InvalidRequest("strength needs an init_video to start from; send one or leave strength out.")
         *before, last = self.passes(request)
         for one in before:
-            latents = one.engine.denoised(one.request, progress, one.plan, start)
+            latents = one.engine.denoised(one.request, progress, one.plan, start, look)
             start = _enlarged(one.engine._decoded(latents, one.plan, progress))
-        latents = last.engine.denoised(last.request, progress, last.plan, start)
+        latents = last.engine.denoised(last.request, progress, last.plan, start, look)
         return last.engine._decoded(latents, last.plan, progress)
 
     def denoised(
@@ -234,6 +239,7 @@ class Engine:
         progress: Progress = lambda stage, done, total: None,
         plan: Plan | None = None,
         start: Iterable[np.ndarray] | None = None,
+        look: Look = lambda done, total, sketch: None,
     ) -> Tensor:
         """(1, channels, F, h, w) float32 clean latents of a request; one pass of `generate` without the decoding.
 
@@ -247,7 +253,7 @@ class Engine:
             progress("start", 1, 1)
         while True:
             try:
-                return self._denoised(request, plan, progress, x_0)
+                return self._denoised(request, plan, progress, x_0, look)
             except (RuntimeError, MemoryError) as error:
                 if not memory.exhausted(error):
                     raise
@@ -261,7 +267,7 @@ class Engine:
             log.warning("Memory ran out. Memory plan: %s", plan)
 
     @torch.inference_mode()
-    def _denoised(self, request: Request, plan: Plan, progress: Progress, start: Tensor | None = None) -> Tensor:
+    def _denoised(self, request: Request, plan: Plan, progress: Progress, start: Tensor | None, look: Look) -> Tensor:
         sampling = self.sampling(request)
         self._adapt(sampling)
         strength = 1.0 if start is None else STRENGTH if request.strength is None else request.strength
@@ -303,7 +309,11 @@ class Engine:
                 prediction.index_add_(2, window.frames, window.weights * part)
             return update(x, other, prediction, coefficients[i])
 
-        return denoise(advance, noise, len(steps), lambda done, total: progress("denoise", done, total))
+        def tell(done: int, total: int, x_0: Tensor) -> None:
+            progress("denoise", done, total)
+            look(done, total, lambda: self._sketch(x_0, plan))
+
+        return denoise(advance, noise, len(steps), tell)
 
     def _step(
         self,
@@ -526,6 +536,10 @@ class Engine:
     def _unconditional(self) -> Tensor:
         """What the denoiser reads from the empty prompt; computed at the first guided request."""
         return self.unet.condition(self.text.encode([""]))
+
+    def _sketch(self, x_0: Tensor, plan: Plan) -> np.ndarray:
+        few = np.concatenate(list(self.vae.decode(x_0[:, :, ::SKETCHED], plan.chunk_pixels)))
+        return few.repeat(SKETCHED, axis=0)[: x_0.shape[2]]
 
     def _decoded(self, latents: Tensor, plan: Plan, progress: Progress) -> Iterator[np.ndarray]:
         done = 0

@@ -234,18 +234,18 @@ def update(
 
 
 def denoise(
-    advance: Advance, x: Tensor, n: int, progress: Callable[[int, int], None] = lambda done, total: None
+    advance: Advance, x: Tensor, n: int, progress: Callable[[int, int, Tensor], None] = lambda done, total, x_0: None
 ) -> Tensor:
     """Run n steps from noise x to a clean sample of the same shape and dtype.
 
     Args:
         advance: makes one step.
-        progress: called with (steps done, steps in all) after every step.
+        progress: called with (steps done, steps in all, x_0 as it is then foreseen) after every step.
     """
     previous = torch.zeros_like(x)
     for i in range(n):
         x, previous = advance(i, x, previous)
-        progress(i + 1, n)
+        progress(i + 1, n, previous)
     return x
 
 

@@ -9,7 +9,7 @@ import contextvars
 import ctypes
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 INTERVAL = 0.05  # seconds between two looks for a cancellation, which Python cannot deliver to a thread that waits
@@ -26,6 +26,7 @@ class Call:
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]):
         self.function, self.args = function, args
+        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.context = contextvars.copy_context()  # it is by that that Cog knows whose output a print is
         self.result: Any = None
         self.error: BaseException | None = None
@@ -51,24 +52,41 @@ class Worker:
 
         What stops the caller meanwhile, a cancellation, is passed on to the call; this returns when that has ended.
         """
+        (result,) = self._follow(Call(function, args))
+        return result
+
+    def stream(self, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        """What `function(*args, say)` says in the worker's thread, `say(what)`, while it runs; its result last.
+
+        A caller that takes no more, or is stopped, stops the call; it has ended when the iterator has.
+        """
         call = Call(function, args)
+        call.args += (call.said.put,)
+        yield from self._follow(call)
+
+    def _follow(self, call: Call) -> Iterator[Any]:
         try:
             self.calls.put(call)
             while not call.done.wait(INTERVAL):
-                pass
+                while not call.said.empty():
+                    yield call.said.get()
         except BaseException as stop:
             call.stopped = True
             self.calls.put(call)  # it may not have got there; a second time does no harm
             while not call.done.is_set():
                 with self.lock:
                     if call.running:
-                        identity, kind = ctypes.c_ulong(self.thread.ident or 0), ctypes.py_object(type(stop))
+                        # A generator that is closed would be no reason to stop for those who clean up after all others.
+                        reason = KeyboardInterrupt if isinstance(stop, GeneratorExit) else type(stop)
+                        identity, kind = ctypes.c_ulong(self.thread.ident or 0), ctypes.py_object(reason)
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, kind)
                 call.done.wait(PATIENCE)
             raise
         if call.error:
             raise call.error
-        return call.result
+        while not call.said.empty():
+            yield call.said.get()
+        yield call.result
 
     def _work(self) -> None:
         while True:

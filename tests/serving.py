@@ -87,6 +87,7 @@ def serve(
     weights: Path | None,
     schema: bool = True,
     predictor: str | None = None,
+    stub: str = "predict.py:Predictor",
     before: Callable[[], None] | None = None,
     inside: Sequence[str] = (),
     **environment: str,
@@ -96,25 +97,27 @@ def serve(
     Args:
         schema: whether the generated schema is there.
         predictor: source of a predict.py to take instead.
+        stub: file and class of the predictor.
         before: called in the server's process before it starts.
         inside: a command that runs the server's, which follows it.
         environment: variables to add.
     """
     folder.mkdir()
-    (folder / "t2v").symlink_to(ROOT / "t2v")
+    for name in ("t2v", "predict_stream.py"):
+        (folder / name).symlink_to(ROOT / name)
     if predictor is None:
         (folder / "predict.py").symlink_to(ROOT / "predict.py")
     else:
         (folder / "predict.py").write_text(predictor)
     if schema:
         script, out = ROOT / "scripts" / "openapi_schema.py", folder / ".cog" / "openapi_schema.json"
-        subprocess.run([sys.executable, script, "--out", out], check=True)
+        subprocess.run([sys.executable, script, "--predictor", ROOT / stub, "--out", out], check=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (folder / "tmp").mkdir()
     environment = os.environ | {
-        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "COG_PREDICT_TYPE_STUB": stub,
         "PORT": str(port),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "T2V_DEVICE": "cpu",

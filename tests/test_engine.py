@@ -85,6 +85,17 @@ def test_progress_tells_every_stage_in_order(tiny: Engine):
     assert told == [("text", 1, 1), ("denoise", 1, 3), ("denoise", 2, 3), ("denoise", 3, 3), ("decode", 2, 2)]
 
 
+def test_a_look_at_the_unfinished_video_shows_every_fourth_frame(tiny: Engine):
+    seen: list[tuple[int, int, np.ndarray]] = []
+    request = Request(num_frames=6, num_inference_steps=3, seed=0)
+    video = tiny.generate(request, look=lambda done, total, sketch: seen.append((done, total, sketch())))
+    last = np.concatenate(list(video))[[0, 0, 0, 0, 4, 4]]
+    assert [event[:2] for event in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert all(sketch.shape == (6, 32, 32, 3) and sketch.dtype == np.uint8 for *_, sketch in seen)
+    assert np.abs(seen[2][2].astype(int) - last).max() <= 1
+    assert np.abs(seen[0][2].astype(int) - last).mean() > 1
+
+
 def test_a_cancelled_request_leaves_the_engine_usable(tiny: Engine):
     class Cancelled(BaseException):
         pass

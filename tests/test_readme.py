@@ -30,6 +30,8 @@ def test_cog_yaml_follows_cogs_rules():
     assert set(config) == {"build", "environment", "predict"}
     assert set(config["build"]) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
     assert config["predict"] == "predict.py:Predictor"
+    streaming = yaml.safe_load((ROOT / "cog-stream.yaml").read_text())
+    assert streaming == config | {"predict": "predict_stream.py:StreamingPredictor"}
     assert config["environment"] == ["T2V_WEIGHTS=weights/ms-1.7b"]
     build = config["build"]
     assert build["gpu"] is True and all(isinstance(build[k], str) for k in ("cuda", "python_version", "sdk_version"))

@@ -184,7 +184,7 @@ def test_coefficients_may_be_a_tensor():
 def test_progress_is_told_after_every_step():
     told = []
     denoise(lambda i, x, previous: (x, x), torch.zeros(1), 3, lambda *a: told.append(a))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert [event[:2] for event in told] == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001])

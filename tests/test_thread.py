@@ -94,3 +94,38 @@ def test_stopped_at_any_moment_it_goes_on_to_the_next_call(worker: Worker):
         asking.join(5)
         assert not asking.is_alive()
     assert worker.call(lambda: "well") == "well" and {"done", "stopped"} <= set(ended)
+
+
+def test_a_stream_gives_what_is_said_as_it_is_said_and_the_result_last(worker: Worker):
+    heard = threading.Event()
+
+    def work(first: int, say) -> str:
+        say(first)
+        assert heard.wait(3)
+        say(2)
+        return "result"
+
+    items = worker.stream(work, 1)
+    assert next(items) == 1
+    heard.set()
+    assert list(items) == [2, "result"]
+    with pytest.raises(ZeroDivisionError):
+        list(worker.stream(lambda say: 1 / 0))
+
+
+def test_who_takes_no_more_of_a_stream_stops_the_call(worker: Worker):
+    seen: list[str] = []
+
+    def work(say) -> None:
+        try:
+            while True:
+                say("more")
+                time.sleep(0.01)
+        finally:
+            seen.append("stopped")
+
+    items = worker.stream(work)
+    assert next(items) == "more"
+    items.close()
+    assert seen == ["stopped"]
+    assert worker.call(int) == 0

@@ -1,0 +1,117 @@
+"""The predictor that sends previews, over server-sent events from the real server."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+import openapi_schema
+from conftest import ROOT
+from serving import Server, serve
+from t2v.video import VideoInfo, read_metadata, read_video
+
+QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_inference_steps": 8, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("streaming") / "server"
+    with serve(folder, tiny_folder, stub="predict_stream.py:StreamingPredictor") as running:
+        yield running
+
+
+def events(server: Server, **inputs: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind, data) of each event of a prediction."""
+
+    def ask() -> requests.Response:
+        url, headers = f"{server.url}/predictions", {"Accept": "text/event-stream"}
+        return requests.post(url, json={"input": QUICK | inputs}, headers=headers, stream=True, timeout=60)
+
+    with server.patiently(ask) as answer:
+        assert answer.status_code == 200, answer.text
+        kind = ""
+        for line in answer.iter_lines():
+            name, _, value = line.decode().partition(":")
+            if name == "event":
+                kind = value.strip()
+            elif name == "data":
+                yield kind, json.loads(value)
+
+
+def saved(url: str, path: Path) -> tuple[VideoInfo, np.ndarray]:
+    path.write_bytes(base64.b64decode(url.removeprefix("data:video/mp4;base64,"), validate=True))
+    return read_video(path)
+
+
+def test_the_inputs_are_those_of_the_plain_predictor():
+    plain = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "")
+    streaming = openapi_schema.document((ROOT / "predict_stream.py").read_text(), "StreamingPredictor", "")
+    properties = streaming["components"]["schemas"]["Input"]["properties"]
+    previews = properties.pop("previews")
+    assert (previews["default"], previews["minimum"], previews["maximum"]) == (4, 0, 20)
+    assert properties == plain["components"]["schemas"]["Input"]["properties"]
+    output = streaming["components"]["schemas"].pop("Output")
+    assert output == {
+        "title": "Output",
+        "type": "array",
+        "items": {"type": "string", "format": "uri"},
+        "x-cog-array-type": "iterator",
+    }
+    assert streaming["paths"]["/predictions"]["post"].pop("x-cog-streaming") is True
+    del plain["components"]["schemas"]["Output"]
+    assert streaming["paths"] == plain["paths"]
+
+
+def test_previews_come_while_it_works_and_the_video_last(server: Server, tmp_path: Path):
+    told = list(events(server, previews=3))
+    chunks = [data["chunk"] for kind, data in told if kind == "output"]
+    assert told[-1][0] == "completed" and told[-1][1]["status"] == "succeeded"
+    assert len(chunks) == 4
+    videos = [saved(chunk, tmp_path / f"{i}.mp4") for i, chunk in enumerate(chunks)]
+    assert all(info == VideoInfo(10, 32, 32, 8) for info, _ in videos)
+    assert read_metadata(tmp_path / "3.mp4")["seed"] == 0
+    away = [np.abs(frames.astype(float) - videos[-1][1]).mean() for _, frames in videos[:-1]]
+    assert away[2] < away[0]
+
+
+def test_a_preview_is_there_before_the_last_step(server: Server):
+    told = []
+    for kind, data in events(server, previews=1, num_inference_steps=100, num_frames=16):
+        told.append("preview" if kind == "output" else data.get("data", kind))
+    assert told.index("preview") < next(i for i, text in enumerate(told) if "100/100" in text)
+
+
+@pytest.mark.parametrize("previews", [0, 20])
+def test_as_many_previews_as_asked_for_and_there_are_steps(server: Server, previews: int):
+    answer = server.predict(input=QUICK | {"previews": previews}).json()
+    assert answer["status"] == "succeeded", answer
+    assert len(answer["output"]) == min(previews, 7) + 1  # without events it is a list
+    assert answer["metrics"]["frames"] == 10
+
+
+def test_a_refusal_is_a_sentence_here_too(server: Server):
+    told = list(events(server, width=100))
+    assert "width must be a multiple of 8" in told[-1][1]["error"]
+
+
+def test_who_goes_away_between_previews_frees_the_server(server: Server):
+    reader = events(server, previews=20, num_inference_steps=500, num_frames=64)
+    while next(reader)[0] != "output":
+        pass
+    reader.close()
+    answer = server.predict(input=QUICK | {"previews": 0}).json()
+    assert answer["status"] == "succeeded", answer
+    assert len(server.files()) == 1
+
+
+def test_cancelling_between_previews_frees_the_server(server: Server):
+    server.start("slow", input=QUICK | {"previews": 20, "num_inference_steps": 500, "num_frames": 64})
+    server.until(lambda: server.poll("slow").get("output"), 30, "a preview")
+    server.cancel("slow")
+    assert server.predict(input=QUICK | {"previews": 0}).json()["status"] == "succeeded"
+    assert len(server.files()) == 1
