@@ -3,6 +3,7 @@
     python scripts/bench.py --model demo
     python scripts/bench.py --model ms-1.7b-random --frames 8 --size 128 --steps 1 --rounds 5
     python scripts/bench.py --model demo --sweep frames=8,16,32,64,128 --plot docs/frames.svg
+    python scripts/bench.py --model demo --sweep frames=32,64,128,256 --window 16
     python scripts/bench.py --model ms-1.7b-random --setup
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
@@ -12,6 +13,7 @@ of each arm against our float32. Prints a table, and one line of JSON last.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -38,6 +40,7 @@ from t2v.video import write_video  # noqa: E402
 
 PROMPT = "a red circle moving right on a black background"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision
+WINDOWS = "ours, windows"
 STAGES = ("text", "denoise", "decode", "encode", "total")
 
 
@@ -56,10 +59,11 @@ class Run:
 Arm = Callable[[Request], Run]
 
 
-def ours(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
+def ours(folder: Path, device: str, dtype: str, compiled: bool = False, window: int | None = None) -> Arm:
     engine = Engine.load(folder, device, dtype, compile=compiled)
 
     def run(request: Request) -> Run:
+        request = dataclasses.replace(request, window=window)
         marks = [_now(device)]
         kept: list[np.ndarray] = []
 
@@ -183,7 +187,7 @@ def compare(
         result[name] |= {"min": min(totals), "spread": max(totals) - min(totals)}
         result[name]["host_ms"] = statistics.median(r.seconds["host"] for r in made) / request.num_inference_steps * 1e3
         result[name]["steps_per_second"] = request.num_inference_steps / result[name]["denoise"]
-        if "stock" in runs:
+        if "stock" in runs and name != WINDOWS:  # in windows another video is made
             base = runs["stock"]
             ratios = [a.seconds["total"] / b.seconds["total"] for a, b in zip(base, made)]
             latents, reference = made[0].latents.double(), base[0].latents.double()
@@ -219,6 +223,7 @@ def peak_memory(arm: str, args: argparse.Namespace, request: Request) -> float:
     program = [sys.executable, __file__, "--only", arm, "--model", args.model, "--device", args.device]
     program += ["--dtype", args.dtype, "--frames", str(request.num_frames), "--steps", "2"]
     program += ["--size", str(request.width)] if request.width else []
+    program += ["--window", str(args.window)] if args.window else []
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -274,6 +279,7 @@ def main() -> None:
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--sweep", help="frames=8,16,32 or size=128,256 or steps=10,50: a row for each value")
+    parser.add_argument("--window", type=int, help="one arm more: ours in windows of so many frames")
     parser.add_argument("--plot", help="with --sweep frames=...: an SVG of time and memory (needs matplotlib)")
     parser.add_argument("--setup", action="store_true", help="time imports and loading only, against from_pretrained")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one video of one arm, then its peak memory
@@ -297,6 +303,9 @@ def main() -> None:
     if args.device.startswith("cuda"):
         makers["stock, compiled"] = lambda: stock(folder, args.device, args.dtype, compiled=True)
         makers["ours, compiled"] = lambda: ours(folder, args.device, args.dtype, compiled=True)
+
+    if args.window:
+        makers[WINDOWS] = lambda: ours(folder, args.device, args.dtype, window=args.window)
 
     def request(**change: int) -> Request:
         values = {"frames": args.frames, "steps": args.steps, "size": args.size} | change

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,12 @@ def test_cancelling_between_previews_frees_the_server(server: Server):
     server.cancel("slow")
     assert server.predict(input=QUICK | {"previews": 0}).json()["status"] == "succeeded"
     assert len(server.files()) == 1
+
+
+def test_the_client_of_the_api_page_works(server: Server):
+    page = (ROOT / "docs" / "api.md").read_text()
+    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "event-stream" in block)
+    server.until(lambda: server.health()["status"] == "READY", 30, "ready")
+    command = command.replace("http://127.0.0.1:5000", server.url)
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert shown.count("event: output") == 3 and "event: completed" in shown
