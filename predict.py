@@ -88,8 +88,8 @@ class Predictor(BasePredictor):
         negative_prompt: str = Input(default="", description="What to lead the video away from, in English"),
         scheduler: str = Input(
             default="dpm++",
-            choices=["dpm++", "ddim"],
-            description="DPM-Solver++ 2M, or DDIM as the original, which wants more steps; turbo has its own",
+            choices=["dpm++", "ddim", "unipc"],
+            description="DPM-Solver++ 2M; UniPC, for few steps; DDIM, as the original, for many; turbo has its own",
         ),
         output_format: str = Input(
             default="mp4", choices=["mp4", "webm", "gif"], description="H.264, VP9, or a GIF that loops"

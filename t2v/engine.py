@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -296,18 +296,19 @@ class Engine:
             step, predict = functools.partial(self._step, rows=1), functools.partial(self._predict, rows=1)
         windows = [] if timeline.whole else [timeline.windows(i, noise.device) for i in range(len(steps))]
 
-        def advance(i: int, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-            other = next(draws) if steps[i].fresh else previous
+        def advance(i: int, x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+            if steps[i].fresh:
+                others = torch.stack([next(draws), others[1]])
             if timeline.whole:
-                x, x_0 = step(x, other, moments[i : i + 1], conditions[0], guidance, coefficients[i])
-                return x, x_0
+                x, others = step(x, others, moments[i : i + 1], conditions[0], guidance, coefficients[i])
+                return x, others
             prediction = torch.zeros_like(x)
             for window in windows[i]:
                 shares = timeline.mixture(window.start, len(conditions))
                 condition = sum((share * c for share, c in zip(shares, conditions) if share), torch.tensor(0))
                 (part,) = predict(x[:, :, window.frames], moments[i : i + 1], condition, guidance)
                 prediction.index_add_(2, window.frames, window.weights * part)
-            return update(x, other, prediction, coefficients[i])
+            return update(x, others, prediction, coefficients[i])
 
         def tell(done: int, total: int, x_0: Tensor) -> None:
             progress("denoise", done, total)
@@ -318,7 +319,7 @@ class Engine:
     def _step(
         self,
         x: Tensor,
-        other: Tensor,
+        others: Tensor,
         moment: Tensor,
         condition: Tensor,
         guidance: Tensor,
@@ -327,7 +328,7 @@ class Engine:
     ) -> tuple[Tensor, ...]:
         """One denoising step, of tensors alone: network, guidance, update. In float32 around the network."""
         (prediction,) = self._predict(x, moment, condition, guidance, rows)
-        return update(x, other, prediction, coefficients)
+        return update(x, others, prediction, coefficients)
 
     def _predict(
         self, x: Tensor, moment: Tensor, condition: Tensor, guidance: Tensor, rows: int = USUAL.rows
@@ -478,7 +479,7 @@ class Engine:
             scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
             if request.negative_prompt.strip() and scale == 1:
                 raise InvalidRequest("negative_prompt has no effect at guidance_scale 1; raise that or leave it out.")
-            solver: Solver = "ddim" if request.scheduler == "ddim" else "dpm++"
+            solver = cast(Solver, request.scheduler)
             return Sampling(preset, solver, min(n, FAST_STEPS) if preset == "fast" else n, scale)
         if few is None:
             raise InvalidRequest(

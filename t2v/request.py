@@ -27,7 +27,7 @@ FRACTIONS = ("guidance_scale", "strength")
 UNITS = {"width": "pixels", "height": "pixels"}
 CHOICES = {
     "preset": ("auto", "quality", "fast", "turbo"),
-    "scheduler": ("dpm++", "ddim"),
+    "scheduler": ("dpm++", "ddim", "unipc"),
     "output_format": ("mp4", "webm", "gif"),
 }
 TEXTS = ("prompt", "negative_prompt", "next_prompts")
@@ -51,7 +51,8 @@ class Request:
             own, which for the 1.7B model is 9.
         preset: "quality" takes the steps asked for; "fast" at most 20; "turbo", with a few-step model, at most 8, and 4
             where more are asked for; "auto" is turbo where a few-step model is installed, else quality.
-        scheduler: "dpm++", DPM-Solver++ 2M, or "ddim", which wants more steps; not for turbo, which has its own.
+        scheduler: "dpm++", DPM-Solver++ 2M; "unipc", nearer to the end of many steps with 10 to 20 of them; or "ddim",
+            which wants more; not for turbo, which has its own.
         width, height: pixels, multiples of 8, 16 to 1024; None is the model's native size.
         output_format: "mp4" (H.264), "webm" (VP9) or "gif".
         quality: constant rate factor of H.264 or VP9, 1 (nearly lossless) to 51 (worst); 18 looks lossless. A GIF has

@@ -1,6 +1,6 @@
 """Sampling as plain data and one loop: schedules, update rules, guidance. Knows functions, not models.
 
-Both solvers are linear in what they are given, so a whole trajectory is a list of `Step`s: five float64 numbers each,
+All solvers are linear in what they are given, so a whole trajectory is a list of `Step`s: six float64 numbers each,
 computed once per request; and one step is one expression (`update`), whatever the solver. With alpha_bar the cumulative
 signal share, alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), a noisy sample is x_t = alpha x_0 + sigma eps.
 """
@@ -45,8 +45,8 @@ class FewStep:
 TURBO = FewStep("T2V-Turbo-MS", timestep_scaling=10, strided=True, guidance=(2, 7.5, 14))
 MCM = FewStep("MCM", timestep_scaling=4, strided=False, guidance=None)
 
-Solver = Literal["dpm++", "ddim"] | FewStep
-# (index of the step, x_t, x_0 of the step before) -> (x at the next timestep, x_0)
+Solver = Literal["dpm++", "ddim", "unipc"] | FewStep
+# (index of the step, x_t, x_0 of the two steps before) -> (x at the next timestep, x_0 of this step and the one before)
 Advance = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -59,7 +59,7 @@ class Schedule:
         prediction_type: what the network predicts, "epsilon" (noise) or "v_prediction" (velocity,
             alpha eps - sigma x_0; Salimans and Ho, arXiv 2202.00512).
         spacing: "leading", "linspace" or "trailing" (Lin et al., arXiv 2305.08891, table 2); None where the config is
-            silent, and each solver then takes its own: DDIM leading, DPM-Solver++ linspace.
+            silent, and each solver then takes its own: DDIM leading, the others linspace.
         steps_offset: added to the timesteps of leading spacing.
         set_alpha_to_one: whether DDIM's last step ends at alpha_bar 1 rather than at alpha_bar[0].
     """
@@ -110,7 +110,9 @@ class Schedule:
             raise ValueError(f"{n} steps: a schedule of {len(self.alpha_bar)} timesteps allows 1 to that many")
         if isinstance(solver, FewStep):
             return self._consistency(solver, n)[begin:]
-        return self._ddim(n)[begin:] if solver == "ddim" else self._dpm_solver_2m(n, begin)[begin:]
+        if solver == "ddim":
+            return self._ddim(n)[begin:]
+        return (self._unipc if solver == "unipc" else self._dpm_solver_2m)(n, begin)[begin:]
 
     def noised(self, x_0: Tensor, noise: Tensor, t: int) -> Tensor:
         """x_t of a clean sample: alpha x_0 + sigma eps."""
@@ -145,6 +147,53 @@ class Schedule:
         The first and the last step are of first order. With fewer than 15 steps that is how the reference keeps them
         stable; with more it follows from sigma 0.
         """
+        ts, alpha, sigma, lam = self._levels(n)
+        steps = []
+        for i, t in enumerate(ts):
+            h = lam[i + 1] - lam[i]
+            weight = -alpha[i + 1] * math.expm1(-h)  # of x_0
+            before = 0.0  # of the previous x_0, through the difference D1 = (x_0 - previous) / r
+            if begin < i < n - 1 and lam[i] > lam[i - 1]:
+                r = (lam[i] - lam[i - 1]) / h if h else math.inf
+                before = -weight / (2 * r)
+            ratio = sigma[i + 1] / sigma[i]
+            steps.append(self._step(t, alpha[i], sigma[i], ratio, weight - before, (before, 0.0)))
+        return steps
+
+    def _unipc(self, n: int, begin: int) -> list["Step"]:
+        """UniPC of order 2 with B_2(h), for predictions of x_0 (Zhao et al., arXiv 2302.04867), ending at sigma 0.
+
+        Each prediction corrects the sample it was made at, by a combination of this x_0 and the two before it. That is
+        folded into the step that follows. The first and the last step are of first order.
+        """
+        ts, alpha, sigma, lam = self._levels(n)
+        steps = []
+        correction = (0.0, 0.0, 0.0)  # of the sample, by its own x_0, the previous and the one before that
+        for i, t in enumerate(ts):
+            if i <= begin:
+                correction = (0.0, 0.0, 0.0)
+            h = lam[i + 1] - lam[i]
+            weight = -alpha[i + 1] * math.expm1(-h)
+            second = begin < i < n - 1 and lam[i] > lam[i - 1] and h > 0
+            r = (lam[i] - lam[i - 1]) / h if second else math.inf
+            before = -weight / (2 * r)
+            ratio = sigma[i + 1] / sigma[i]
+            others = (ratio * correction[1] + before, ratio * correction[2])
+            steps.append(self._step(t, alpha[i], sigma[i], ratio, ratio * correction[0] + weight - before, others))
+            rho, rho_next = 0.5, 0.5
+            if second:
+                # What makes differences to the previous and to the next x_0 exact for polynomials of second degree.
+                phi_1 = math.expm1(-h)
+                phi_2 = -phi_1 / h - 1
+                b_1, b_2 = phi_2 / phi_1, -(2 * phi_2 / h + 1) / phi_1
+                rho = (b_1 - b_2) / (1 + r)
+                rho_next = b_1 - rho
+            own, far = weight * rho_next, weight * (0.5 - rho) / r
+            correction = (own, -own - far, far)
+        return steps
+
+    def _levels(self, n: int) -> tuple[list[int], list[float], list[float], list[float]]:
+        """n timesteps, and alpha, sigma and half the logarithm of the signal-to-noise ratio at them and at the end."""
         T = len(self.alpha_bar)
         grid: np.ndarray
         match self.spacing or "linspace":
@@ -159,19 +208,7 @@ class Schedule:
         ab = [max(float(self.alpha_bar[t]), 2.0**-24) for t in ts]
         alpha = [math.sqrt(a) for a in ab] + [1.0]
         sigma = [math.sqrt(1 - a) for a in ab] + [0.0]
-        lam = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]  # half log signal-to-noise ratio
-
-        steps = []
-        for i, t in enumerate(ts):
-            h = lam[i + 1] - lam[i]
-            weight = -alpha[i + 1] * math.expm1(-h)  # of x_0
-            before = 0.0  # of the previous x_0, through the difference D1 = (x_0 - previous) / r
-            if begin < i < n - 1 and lam[i] > lam[i - 1]:
-                r = (lam[i] - lam[i - 1]) / h if h else math.inf
-                before = -weight / (2 * r)
-            ratio = sigma[i + 1] / sigma[i]
-            steps.append(self._step(t, alpha[i], sigma[i], ratio, from_x_0=weight - before, from_other=before))
-        return steps
+        return ts, alpha, sigma, [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]
 
     def _consistency(self, model: FewStep, n: int) -> list["Step"]:
         """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): to x_0, then back to the next noise level."""
@@ -189,15 +226,22 @@ class Schedule:
             skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
             out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
             alpha_next, sigma_next = math.sqrt(ab_next), math.sqrt(1 - ab_next)
-            step = self._step(t, math.sqrt(ab), math.sqrt(1 - ab), alpha_next * skip, alpha_next * out, sigma_next)
+            noise = (sigma_next, 0.0)
+            step = self._step(t, math.sqrt(ab), math.sqrt(1 - ab), alpha_next * skip, alpha_next * out, noise)
             steps.append(dataclasses.replace(step, fresh=True))
         return steps
 
     def _step(
-        self, t: int, alpha: float, sigma: float, from_x: float, from_x_0: float, from_other: float = 0.0
+        self,
+        t: int,
+        alpha: float,
+        sigma: float,
+        from_x: float,
+        from_x_0: float,
+        from_others: tuple[float, float] = (0.0, 0.0),
     ) -> "Step":
         to_x_0 = (1 / alpha, -sigma / alpha) if self.prediction_type == "epsilon" else (alpha, -sigma)
-        return Step(t, (*to_x_0, from_x, from_x_0, from_other))
+        return Step(t, (*to_x_0, from_x, from_x_0, *from_others))
 
 
 @dataclass(frozen=True)
@@ -207,30 +251,32 @@ class Step:
     Attributes:
         t: diffusion timestep the network is asked at.
         coefficients: what `update` multiplies with.
-        fresh: whether the last of them is for new unit noise instead of the x_0 of the step before.
+        fresh: whether the last but one is for new unit noise instead of the x_0 of the step before.
     """
 
     t: int
-    coefficients: tuple[float, float, float, float, float]
+    coefficients: tuple[float, float, float, float, float, float]
     fresh: bool = False
 
 
 def update(
-    x: Tensor, other: Tensor, prediction: Tensor, coefficients: Sequence[float] | Tensor
+    x: Tensor, others: Tensor, prediction: Tensor, coefficients: Sequence[float] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of a trajectory.
 
     Args:
         x: x_t, float32 (or float64), any shape.
-        other: x_0 of the step before, anything finite in the first step; for a step that is `fresh`, new noise.
+        others: (2, *x.shape), x_0 of the step before and of the one before that, anything finite where there was none;
+            for a step that is `fresh`, new noise first.
         prediction: the network's, shape of x.
-        coefficients: of a `Step`; plain numbers, or a (5,) tensor on the device of x.
+        coefficients: of a `Step`; plain numbers, or a (6,) tensor on the device of x.
 
     Returns:
-        x at the next timestep and x_0, both of shape and dtype of x.
+        x at the next timestep, and what are the others then: x_0 and the one before. Both in the dtype of x.
     """
     x_0 = coefficients[0] * x + coefficients[1] * prediction
-    return coefficients[2] * x + coefficients[3] * x_0 + coefficients[4] * other, x_0
+    x = coefficients[2] * x + coefficients[3] * x_0 + coefficients[4] * others[0] + coefficients[5] * others[1]
+    return x, torch.stack([x_0, others[0]])
 
 
 def denoise(
@@ -242,10 +288,10 @@ def denoise(
         advance: makes one step.
         progress: called with (steps done, steps in all, x_0 as it is then foreseen) after every step.
     """
-    previous = torch.zeros_like(x)
+    others = torch.zeros((2, *x.shape), dtype=x.dtype, device=x.device)
     for i in range(n):
-        x, previous = advance(i, x, previous)
-        progress(i + 1, n, previous)
+        x, others = advance(i, x, others)
+        progress(i + 1, n, others[0])
     return x
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, TextToVideoSDPipeline, UniPCMultistepScheduler
 
 from conftest import DEMO, TINY_UNET
 from t2v import memory
@@ -27,15 +27,15 @@ def frames(engine: Engine, **inputs) -> np.ndarray:
 
 
 @pytest.mark.parametrize("folder", ["tiny", "demo"])
-@pytest.mark.parametrize("scheduler", ["dpm++", "ddim"])
+@pytest.mark.parametrize("scheduler", ["dpm++", "ddim", "unipc"])
 def test_equals_the_diffusers_pipeline(tiny_folder: Path, folder: str, scheduler: str):
     """The whole way: same folder, same noise, same latents."""
     path = tiny_folder if folder == "tiny" else DEMO
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = TextToVideoSDPipeline.from_pretrained(path, torch_dtype=torch.float32)
-    if scheduler == "dpm++":
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    kind = {"dpm++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler}[scheduler]
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine.load(path, device="cpu")
     request = Request("a red circle", 3, 5, seed=3, guidance_scale=9, width=40, height=32, scheduler=scheduler)
@@ -219,7 +219,8 @@ def test_windows_are_what_they_say(tiny: Engine):
             part = tiny.unet(noise[:, :, start : start + 8], step.t, tiny.text.encode(["a circle"]))
             prediction[:, :, start : start + 8] += ramp * part
             total[start : start + 8] += ramp
-    expected = update(noise, torch.zeros_like(noise), prediction / total, step.coefficients)[0]
+    nothing = torch.zeros((2, *noise.shape))
+    expected = update(noise, nothing, prediction / total, step.coefficients)[0]
     assert torch.allclose(tiny.denoised(request), expected, atol=1e-4)
 
 
@@ -286,7 +287,7 @@ def test_memory_does_not_grow_with_the_windows(tiny: Engine):
     assert peaks[1] < 1.15 * peaks[0]
 
 
-@pytest.mark.parametrize("scheduler", ["dpm++", "ddim"])
+@pytest.mark.parametrize("scheduler", ["dpm++", "ddim", "unipc"])
 def test_strength_moves_a_video_away_from_the_one_it_starts_from(demo: Engine, scheduler: str):
     """Measured in latents; strength 0 is what the autoencoder makes of the video."""
     start = frames(demo, prompt="a red circle moving right on a black background", seed=4, num_frames=16)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import train_demo
 from conftest import DEMO, ROOT
 from t2v.engine import Engine
-from t2v.video import VideoInfo, read_metadata, read_video
+from t2v.video import VideoInfo, read_metadata, read_video, write_video
 
 
 def run(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -47,6 +48,21 @@ def test_generate_starts_from_a_picture_and_makes_it_larger(tiny_folder: Path, t
     result = run("generate.py", "a red circle", *options, *more, "--upscaler", tiny_folder)
     assert result.returncode == 0, result.stderr
     assert "2 frames of 64x64" in result.stdout and (tmp_path / "a.gif").read_bytes()[:4] == b"GIF8"
+
+
+def test_a_filmstrip_has_a_row_for_each_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    videos = []
+    for i, shade in enumerate((50, 200)):
+        ramp = np.linspace(0, shade, 7).astype(np.uint8)[:, None, None, None].repeat(16 * (1 + i), axis=2)
+        write_video(tmp_path / f"{i}.mp4", [ramp.repeat(16, axis=1).repeat(3, axis=3)], 8, {})
+        videos.append(str(tmp_path / f"{i}.mp4"))
+    options = ["--frames", "3", "--height", "16", "--out", str(tmp_path / "strip.png")]
+    monkeypatch.setattr(sys, "argv", ["filmstrip.py", *videos, *options])
+    runpy.run_path(str(ROOT / "scripts" / "filmstrip.py"), run_name="__main__")
+    strip = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
+    assert strip.shape == (36, 96, 3)
+    for y, x, shade in ((8, 8, 0), (8, 24, 25), (8, 40, 50), (8, 56, 255), (18, 8, 255), (28, 80, 200)):
+        assert abs(strip[y, x] - shade).max() < 8, (y, x)
 
 
 def test_generate_says_which_model_made_a_foreign_prompt_and_what_it_knows(tmp_path: Path):

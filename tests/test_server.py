@@ -137,6 +137,7 @@ def test_every_control_reaches_the_engine(server: Server, tmp_path: Path):
         {"guidance_scale": 3},
         {"negative_prompt": "a square"},
         {"scheduler": "ddim"},
+        {"scheduler": "unipc"},
         {"window": 4},
         {"loop": True},
         {"window": 8, "next_prompts": "a square | a star"},
