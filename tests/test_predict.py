@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_makes_the_video_that_was_asked_for(predictor: Predictor, capfd: pytest.
         ("67", "2/3"),
         ("100", "3/3"),
     ]
+
+
+def test_another_model_upscales_where_it_is_installed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("T2V_WEIGHTS", str(tiny_folder))
+    monkeypatch.setenv("T2V_UPSCALER", shutil.copytree(tiny_folder, tmp_path / "large"))
+    monkeypatch.setenv("T2V_DEVICE", "cpu")
+    predictor = Predictor()
+    predictor.setup()
+    path = run(predictor, upscale=2)
+    assert read_video(path)[0].width == 64 and read_metadata(path)["upscaler"] == "large"
+    assert '"stage": "start"' in capfd.readouterr().out
+    monkeypatch.setenv("T2V_UPSCALER", str(tmp_path / "absent"))
+    with pytest.raises(WeightsError, match="There is no weights folder .*absent"):
+        Predictor().setup()
 
 
 def test_a_random_seed_is_reported(predictor: Predictor, capfd: pytest.CaptureFixture[str]):
