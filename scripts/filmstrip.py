@@ -37,7 +37,7 @@ def main() -> None:
         sys.exit(str(error))
     widest = max(one.shape[1] for one in rows)
     padded = [np.pad(one, ((0, 4), (0, widest - one.shape[1]), (0, 0)), constant_values=255) for one in rows]
-    Image.fromarray(np.concatenate(padded)[:-4]).save(args.out, quality=90)
+    Image.fromarray(np.concatenate(padded)[:-4]).save(args.out, quality=85)
 
 
 if __name__ == "__main__":
