@@ -246,6 +246,20 @@ def test_few_steps_use_fresh_noise_from_the_seed(tiny_folder: Path, mcm_folder: 
     assert not torch.equal(next(draws), next(draws))
 
 
+def test_a_second_pass_is_made_in_few_steps_only_where_the_adaptation_is(
+    tiny_folder: Path, tiny: Engine, mcm_folder: Path
+):
+    engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
+    request = Request("a circle", num_frames=2, seed=1, upscale=2)
+    told: list[str] = []
+    (video,) = engine.generate(request, lambda stage, done, total: told.append(f"{stage} {total}"))
+    assert video.shape == (2, 64, 64, 3) and told.count("denoise 4") == 4 and told.count("denoise 3") == 3
+    engine.upscaler = tiny
+    told.clear()
+    list(engine.generate(request, lambda stage, done, total: told.append(f"{stage} {total}")))
+    assert told.count("denoise 4") == 4 and told.count("denoise 12") == 12
+
+
 @pytest.mark.parametrize("asked, steps", [(1, 1), (8, 8), (9, 4), (50, 4)])
 def test_steps_of_turbo(tiny_folder: Path, mcm_folder: Path, asked: int, steps: int):
     engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))

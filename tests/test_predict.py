@@ -70,7 +70,7 @@ def test_another_model_upscales_where_it_is_installed(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("T2V_WEIGHTS", str(tiny_folder))
-    monkeypatch.setenv("T2V_UPSCALER", shutil.copytree(tiny_folder, tmp_path / "large"))
+    monkeypatch.setenv("T2V_UPSCALER", str(shutil.copytree(tiny_folder, tmp_path / "large")))
     monkeypatch.setenv("T2V_DEVICE", "cpu")
     predictor = Predictor()
     predictor.setup()

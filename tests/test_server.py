@@ -169,7 +169,7 @@ def test_missing_weights_fail_setup_in_one_sentence(tmp_path: Path):
         health = broken.health()
         assert health["status"] == "SETUP_FAILED"
         assert "There is no weights folder" in health["setup"]["logs"] and "ms-1.7b" in health["setup"]["logs"]
-        assert "Traceback" in broken.log.read_text()
+        broken.until(lambda: "Traceback" in broken.log.read_text(), 5, "the traceback in the log")
 
 
 def test_a_video_can_start_from_another_one(server: Server, tmp_path: Path):
