@@ -406,6 +406,8 @@ class Engine:
         advice = f"ask for at most {frames} frames of that size" if frames else "ask for a smaller size"
         if frames >= self.native_frames:
             advice += f", or for window {self.native_frames}"
+        if request.upscale > 1:
+            advice += ", or leave upscale out"
         raise OutOfMemory(
             f"{self._size_of(request)} need {max(denoising, decoding) / 1e9:.1f} GB of the device's memory and "
             f"{free / 1e9:.1f} GB are free; {advice}."
