@@ -66,7 +66,17 @@ class Sample:
         return self.server_mb + self.worker_mb + self.others_mb
 
 
-def sample(server: Server, predictions: int, run: str) -> Sample:
+def sample(server: Server, predictions: int, run: str, again: int = 3) -> Sample:
+    """Taken again, so many times, where a process ends meanwhile."""
+    try:
+        return _sample(server, predictions, run)
+    except psutil.NoSuchProcess:
+        if not again:
+            raise
+    return sample(server, predictions, run, again - 1)
+
+
+def _sample(server: Server, predictions: int, run: str) -> Sample:
     top, worker = psutil.Process(server.process.pid), server.worker()
     family = [top, *top.children(recursive=True)]
     zombies = [process for process in family if process.status() == psutil.STATUS_ZOMBIE]

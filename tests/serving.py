@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,24 @@ class Server:
 
     def worker(self) -> psutil.Process:
         """The process that holds the model."""
-        children = psutil.Process(self.process.pid).children()
-        alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
-        return next(child for child in alive if "_run_worker" in " ".join(child.cmdline()))
+        return _running(psutil.Process(self.process.pid).children(), "_run_worker")[0]
 
     def encoders(self) -> list[psutil.Process]:
-        return [child for child in self.worker().children(recursive=True) if "ffmpeg" in child.name()]
+        return _running(self.worker().children(recursive=True), "ffmpeg")
 
     def files(self) -> list[Path]:
         """What lies in the server's temporary directory."""
         return [path for path in self.tmp.rglob("*") if path.is_file()]
+
+
+def _running(processes: list[psutil.Process], words: str) -> list[psutil.Process]:
+    """Those with these words in their command line."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it has just ended, or is a zombie
+            if words in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @contextmanager
