@@ -215,14 +215,14 @@ class Predictor(BasePredictor):
 
 
 def load() -> Engine:
-    where: dict[str, Any] = {
-        "device": os.environ.get("T2V_DEVICE") or "auto",
-        "dtype": os.environ.get("T2V_DTYPE") or "auto",
-        "compile": os.environ.get("T2V_COMPILE") == "1",
-    }
-    engine = Engine.load(os.environ.get("T2V_WEIGHTS") or DEMO, lora=os.environ.get("T2V_LORA"), **where)
-    if os.environ.get("T2V_UPSCALER"):
-        engine.upscaler = Engine.load(os.environ["T2V_UPSCALER"], **where)
+    engine = Engine.load(
+        os.environ.get("T2V_WEIGHTS") or DEMO,
+        device=os.environ.get("T2V_DEVICE") or "auto",
+        dtype=os.environ.get("T2V_DTYPE") or "auto",
+        lora=os.environ.get("T2V_LORA"),
+        compile=os.environ.get("T2V_COMPILE") == "1",
+        upscaler=os.environ.get("T2V_UPSCALER"),
+    )
     engine.warm_up()
     return engine
 

@@ -72,9 +72,7 @@ def generate(args: argparse.Namespace) -> None:
     from t2v.source import frames
     from t2v.video import write_video
 
-    engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora)
-    if args.upscaler:
-        engine.upscaler = Engine.load(args.upscaler, args.device, args.dtype)
+    engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora, upscaler=args.upscaler)
     print(f"Model: {engine.describe()}")
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
     path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.{request.output_format}"

@@ -102,8 +102,6 @@ class Engine:
         upscaler: another model for second passes; None is this one.
     """
 
-    upscaler: "Engine | None" = None
-
     def __init__(
         self,
         text: Text,
@@ -116,6 +114,7 @@ class Engine:
         guidance_scale: float = 9.0,
         native_frames: int = 16,
         merged: Merged | None = None,
+        upscaler: "Engine | None" = None,
     ):
         self.text = text
         self.unet = unet
@@ -127,6 +126,7 @@ class Engine:
         self.guidance_scale = guidance_scale
         self.native_frames = native_frames
         self.merged = merged
+        self.upscaler = upscaler
         # A trace takes seconds, which a CPU's first request would not win back.
         after = 0 if self.device.type == "cuda" else TRACE_AFTER
         self.step: Function = Graphs(self._step, after=after)
@@ -141,6 +141,7 @@ class Engine:
         verify: bool = False,
         lora: str | None = None,
         compile: bool = False,
+        upscaler: str | Path | None = None,
     ) -> "Engine":
         """Load a model from a folder in diffusers' layout.
 
@@ -151,6 +152,7 @@ class Engine:
             lora: "path[:scale]" of an adaptation to merge into the denoiser; see `t2v.lora` for the formats.
             compile: run the denoiser through torch.compile: minutes at the first request of every shape, less where
                 TORCHINDUCTOR_CACHE_DIR holds what an earlier start compiled.
+            upscaler: folder of another model for second passes, loaded in the same way but without the adaptation.
 
         Raises:
             WeightsError: the folder is not a whole model of this family, or the device or dtype does not exist.
@@ -196,6 +198,7 @@ class Engine:
             guidance_scale=index.get("_t2v_guidance_scale", 9.0),
             native_frames=index.get("_t2v_num_frames", 16),
             merged=merged,
+            upscaler=cls.load(upscaler, device, dtype, verify, compile=compile) if upscaler else None,
         )
 
     def generate(
@@ -351,9 +354,8 @@ class Engine:
     def release(self) -> None:
         """Give back all memory that no request needs to hold."""
         for engine in filter(None, (self, self.upscaler)):
-            for recorded in (engine.step, engine.predict):
-                if isinstance(recorded, Graphs):
-                    recorded.clear()
+            for recorded in engine._recorded:
+                recorded.clear()
         memory.release(self.device)
 
     @property
@@ -526,14 +528,17 @@ class Engine:
         wanted = self._adapted(sampling)
         if self.merged and wanted != self.merged.active:
             self.__dict__.pop("_unconditional", None)  # it was computed with the other weights
-            for recorded in (self.step, self.predict):
-                if isinstance(recorded, Graphs):
-                    recorded.forget()
+            for recorded in self._recorded:
+                recorded.forget()
             self.merged.merge() if wanted else self.merged.undo()
 
     def _adapted(self, sampling: Sampling) -> bool:
         """Whether a request is made with the adaptation: always with a plain one."""
         return self.merged is not None and (isinstance(sampling.solver, FewStep) or not self.merged.lora.few_step)
+
+    @property
+    def _recorded(self) -> list[Graphs]:
+        return [function for function in (self.step, self.predict) if isinstance(function, Graphs)]
 
     @functools.cached_property
     def _unconditional(self) -> Tensor:

@@ -20,6 +20,7 @@ class Call:
     """One call, its outcome, and how far it is.
 
     Attributes:
+        said: what it has said and nobody has taken yet.
         running: whether it may be stopped now.
         stopped: whether it shall not begin any more.
     """

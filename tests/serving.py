@@ -1,5 +1,6 @@
 """Cog's real server on 127.0.0.1, for the tests that talk to one."""
 
+import base64
 import os
 import signal
 import socket
@@ -11,10 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import requests
 
 from conftest import ROOT
+from t2v.video import VideoInfo, read_video
 
 BUSY_FOR = 30  # seconds a test waits for the slot to be free
 
@@ -77,6 +80,14 @@ class Server:
     def files(self) -> list[Path]:
         """What lies in the server's temporary directory."""
         return [path for path in self.tmp.rglob("*") if path.is_file()]
+
+
+def saved(url: str, path: Path) -> tuple[VideoInfo, np.ndarray]:
+    """What an MP4 holds that came as a data URL; it then lies at the path."""
+    kind, _, data = url.partition(",")
+    assert kind == "data:video/mp4;base64"
+    path.write_bytes(base64.b64decode(data, validate=True))
+    return read_video(path)
 
 
 def _running(processes: list[psutil.Process], words: str) -> list[psutil.Process]:

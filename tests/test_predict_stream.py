@@ -1,6 +1,5 @@
 """The predictor that sends previews, over server-sent events from the real server."""
 
-import base64
 import json
 import re
 import subprocess
@@ -14,8 +13,8 @@ import requests
 
 import openapi_schema
 from conftest import ROOT
-from serving import Server, serve
-from t2v.video import VideoInfo, read_metadata, read_video
+from serving import Server, saved, serve
+from t2v.video import VideoInfo, read_metadata
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_inference_steps": 8, "seed": 0}
 
@@ -43,11 +42,6 @@ def events(server: Server, **inputs: Any) -> Iterator[tuple[str, dict[str, Any]]
                 kind = value.strip()
             elif name == "data":
                 yield kind, json.loads(value)
-
-
-def saved(url: str, path: Path) -> tuple[VideoInfo, np.ndarray]:
-    path.write_bytes(base64.b64decode(url.removeprefix("data:video/mp4;base64,"), validate=True))
-    return read_video(path)
 
 
 def test_the_inputs_are_those_of_the_plain_predictor():

@@ -1,6 +1,5 @@
 """The real server, on 127.0.0.1, with tiny weights: what a caller sends and gets."""
 
-import base64
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ import requests
 
 import openapi_schema
 from conftest import ROOT
-from serving import Server, serve
-from t2v.video import VideoInfo, read_metadata, read_video
+from serving import Server, saved, serve
+from t2v.video import VideoInfo, read_metadata
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
 
@@ -31,10 +30,7 @@ def bare_server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
 
 
 def video(answer: dict[str, Any], path: Path) -> tuple[VideoInfo, np.ndarray]:
-    kind, _, data = answer["output"].partition(",")
-    assert kind == "data:video/mp4;base64"
-    path.write_bytes(base64.b64decode(data))
-    return read_video(path)
+    return saved(answer["output"], path)
 
 
 def test_it_is_ready_and_serves_its_schema(server: Server):
