@@ -29,7 +29,7 @@ from t2v.vae import CHUNK_PIXELS, VAE
 Progress = Callable[[str, int, int], None]
 Look = Callable[[int, int, Callable[[], np.ndarray]], None]
 
-TRACE_AFTER = 50  # steps of one shape on a CPU
+TRACE_AFTER = 35  # steps of one shape on a CPU, done or to come
 MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
 STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise, and of a second pass
 SKETCHED = 4  # frames that one stands for in a view of an unfinished video
@@ -127,7 +127,7 @@ class Engine:
         self.native_frames = native_frames
         self.merged = merged
         self.upscaler = upscaler
-        # A trace takes seconds, which a CPU's first request would not win back.
+        # A trace takes half a second, which fewer steps do not win back.
         after = 0 if self.device.type == "cuda" else TRACE_AFTER
         self.step: Function = Graphs(self._step, after=after)
         self.predict: Function = Graphs(self._predict, after=after)
@@ -298,6 +298,8 @@ class Engine:
         if plan.rows == 1:
             step, predict = functools.partial(self._step, rows=1), functools.partial(self._predict, rows=1)
         windows = [] if timeline.whole else [timeline.windows(i, noise.device) for i in range(len(steps))]
+        for recorded in self._recorded:
+            recorded.expected = sum(map(len, windows)) or len(steps)
 
         def advance(i: int, x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
             if steps[i].fresh:

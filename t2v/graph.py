@@ -9,9 +9,12 @@ import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from t2v import memory
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -21,40 +24,99 @@ WARM_UPS = 2
 log = logging.getLogger(__name__)
 
 
+class Trace:
+    """A recording on the CPU.
+
+    Args:
+        inputs: of the first call, whose result is what was computed while they were traced.
+    """
+
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...]):
+        self.first: tuple[Tensor, ...] = ()
+
+        def computed(*inputs: Tensor) -> tuple[Tensor, ...]:
+            self.first = function(*inputs)
+            return self.first
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that shapes become constants, as is meant
+            self.trace: Function = torch.jit.trace(computed, inputs, check_trace=False)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, self.first = self.first, ()
+        if outputs:
+            return outputs
+        with torch.jit.optimized_execution(False):  # to optimize takes seconds, and gains nothing here
+            return self.trace(*inputs)
+
+
+class Graph:
+    """A recording on a GPU, the tensors it reads and those it writes.
+
+    Args:
+        inputs: for shapes and dtypes; they are copied.
+        sibling: a recording to share memory with.
+    """
+
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...], sibling: "Graph | None" = None):
+        self.inputs = [x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=sibling.graph.pool() if sibling else None, stream=stream):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return tuple(y.clone() for y in self.outputs)
+
+
 class Graphs:
     """Calls `function` by playing back a recording of it with these shapes.
 
-    The recordings share one memory pool: they never run at the same time, and what they return is copied out. A
-    function that cannot be recorded is called as it is from then on, and the log says why.
+    Graphs share one memory pool: they never run at the same time, and what they return is copied out. A function that
+    cannot be recorded is called as it is from then on, and the log says why.
 
     Args:
         function: of tensors alone, all on one device; what it does depends on their shapes, not on their values.
         keep: recordings kept; the one unused for longest goes first.
-        after: calls with the same shapes before they are recorded.
+        after: so few calls with the same shapes are not worth a recording.
+
+    Attributes:
+        expected: calls with the shapes of the next one that are known to come, that one included.
     """
 
     def __init__(self, function: Function, keep: int = 4, after: int = 0):
         self.function = function
         self.keep = keep
         self.after = after
+        self.expected = 1
         self.calls: Counter[tuple] = Counter()
-        self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
+        self.recordings: OrderedDict[tuple, Trace | Graph] = OrderedDict()
         self.records = True
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         key = tuple((x.shape, x.dtype) for x in inputs)
-        self.calls[key] += 1
-        if not self.records or self.calls[key] <= self.after:
-            return self.function(*inputs)
         if key not in self.recordings:
+            worth = self.calls[key] + max(1, self.expected) > self.after
+            self.calls[key] += 1
+            self.expected -= 1
+            if not (self.records and worth):
+                return self.function(*inputs)
             while len(self.recordings) >= self.keep:
                 self.recordings.popitem(last=False)
             try:
-                self.recordings[key] = Recording(self.function, inputs, next(iter(self.recordings.values()), None))
-            except torch.OutOfMemoryError:
-                self.clear()
-                raise
-            except RuntimeError as error:
+                self.recordings[key] = self._record(inputs)
+            except (RuntimeError, MemoryError) as error:
+                if memory.exhausted(error):
+                    self.clear()
+                    raise
                 log.warning("Runs without recordings, slower: %s", error)
                 self.records = False
                 self.recordings.clear()
@@ -69,41 +131,10 @@ class Graphs:
     def forget(self) -> None:
         """To be called when the function's weights have changed: a trace may hold copies of them. A CUDA graph reads
         them where they are."""
-        for key in [key for key, recording in self.recordings.items() if recording.graph is None]:
-            del self.recordings[key]
+        for key in [key for key, recording in self.recordings.items() if isinstance(recording, Trace)]:
+            del self.recordings[key], self.calls[key]
 
-
-class Recording:
-    """One recording, the tensors it reads and those it writes.
-
-    Args:
-        inputs: for shapes and dtypes; they are copied.
-        sibling: a recording to share memory with.
-    """
-
-    def __init__(self, function: Function, inputs: tuple[Tensor, ...], sibling: "Recording | None" = None):
-        self.inputs = [x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph() if self.inputs[0].is_cuda else None
-        if self.graph is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that shapes become constants, as is meant
-                self.trace: Function = torch.jit.trace(function, tuple(self.inputs), check_trace=False)
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        pool = sibling.graph.pool() if sibling is not None and sibling.graph is not None else None
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
-            self.outputs = function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        if self.graph is None:
-            self.outputs = self.trace(*self.inputs)
-        else:
-            self.graph.replay()
-        return tuple(y.clone() for y in self.outputs)
+    def _record(self, inputs: tuple[Tensor, ...]) -> Trace | Graph:
+        if not inputs[0].is_cuda:
+            return Trace(self.function, inputs)
+        return Graph(self.function, inputs, cast(Graph | None, next(iter(self.recordings.values()), None)))

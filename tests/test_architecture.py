@@ -18,7 +18,7 @@ ALLOWED = {
     "unet3d": {"errors", "upsample"},
     "upsample": set(),
     "sampler": {"errors"},
-    "graph": set(),
+    "graph": {"memory"},
     "weights": {"errors"},
     "vae": {"memory", "upsample"},
     "memory": set(),

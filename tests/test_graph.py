@@ -70,6 +70,25 @@ def test_nothing_is_recorded_before_it_pays():
 
 
 @torch.inference_mode()
+def test_calls_that_are_known_to_come_count():
+    graphs = Graphs(lambda x: (x + 1,), after=3)
+    graphs.expected = 3
+    graphs(torch.zeros(2))
+    assert not graphs.recordings
+    graphs.expected = 3  # and one was made
+    graphs(torch.zeros(2))
+    assert len(graphs.recordings) == 1
+
+
+@torch.inference_mode()
+def test_what_was_computed_while_it_was_traced_is_not_computed_again():
+    calls = []
+    graphs = Graphs(lambda x: (calls.append(x) or x * x,))
+    assert [graphs(torch.tensor([value]))[0].item() for value in (2.0, 3.0, 4.0)] == [4, 9, 16]
+    assert len(calls) == 1
+
+
+@torch.inference_mode()
 def test_changed_weights_are_taken_up():
     weight = torch.ones(2, 2)
     graphs = Graphs(lambda x: (x @ weight.t().contiguous(),))
@@ -83,20 +102,21 @@ def test_what_cannot_be_recorded_runs_all_the_same(monkeypatch: pytest.MonkeyPat
     def refuse(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graph, "Recording", refuse)
+    monkeypatch.setattr(graph, "Trace", refuse)
     graphs = Graphs(lambda x: (x + 1,))
     assert [graphs(torch.zeros(1))[0].item() for _ in range(2)] == [1, 1]
     assert caplog.text.count("without recordings") == 1
 
 
-def test_a_lack_of_memory_is_told_and_frees_the_recordings(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("std::bad_alloc")])
+def test_a_lack_of_memory_is_told_and_frees_the_recordings(monkeypatch: pytest.MonkeyPatch, error: Exception):
     def refuse(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     graphs = Graphs(lambda x: (x,))
     graphs(torch.zeros(1))
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(graph, "Recording", refuse)
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(graph, "Trace", refuse)
         graphs(torch.zeros(2))
     assert not graphs.recordings
     graphs(torch.zeros(2))  # the next one may fit
