@@ -5,11 +5,12 @@
     python scripts/bench.py --model demo --sweep frames=8,16,32,64,128 --plot docs/frames.svg
     python scripts/bench.py --model demo --sweep frames=32,64,128,256 --window 16
     python scripts/bench.py --model ms-1.7b-random --setup
+    python scripts/bench.py --model demo --steps 5 --profile
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
 `ours` is Engine and write_video; on CUDA both also with torch.compile. Beside every time stands the
 gate: the relative error of the final latents and the PSNR of the frames against stock; in half precision also the error
-of each arm against our float32. Prints a table, and one line of JSON last.
+of each arm against our float32. Prints a table, and one line of JSON last; fails where an arm does not pass the gate.
 """
 
 import argparse
@@ -41,6 +42,8 @@ from t2v.video import write_video  # noqa: E402
 PROMPT = "a red circle moving right on a black background"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision
 WINDOWS = "ours, windows"
+MOST_ERROR, LEAST_PSNR = 1e-3, 50  # against stock, in float32
+MOST_HALF = 1.1  # in half precision: error against float32 in stock's
 STAGES = ("text", "denoise", "decode", "encode", "total")
 
 
@@ -199,7 +202,27 @@ def compare(
                 "latents_error": float((latents - reference).norm() / reference.norm()),
                 "frames_psnr": float(10 * np.log10(255**2 / mse)) if mse else float("inf"),
             }
+            result[name]["gate"] = passes(result[name], result["stock"])
     return result
+
+
+def passes(made: dict[str, float], stock: dict[str, float]) -> bool:
+    """Whether an arm makes what stock makes; in half precision, whether it is as near to float32."""
+    if "error_to_float32" in made:
+        return made["error_to_float32"] <= MOST_HALF * stock["error_to_float32"]
+    return made["latents_error"] <= MOST_ERROR and made["frames_psnr"] >= LEAST_PSNR
+
+
+def profile(arm: Arm, request: Request, device: str) -> str:
+    """Where the time of one video goes, by operation or kernel; after one that warms everything up."""
+    from torch.profiler import ProfilerActivity
+
+    arm(request)
+    cuda = device.startswith("cuda")
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        arm(request)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)
 
 
 def stock_flops(folder: Path, request: Request) -> float:
@@ -282,6 +305,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="one arm more: ours in windows of so many frames")
     parser.add_argument("--plot", help="with --sweep frames=...: an SVG of time and memory (needs matplotlib)")
     parser.add_argument("--setup", action="store_true", help="time imports and loading only, against from_pretrained")
+    parser.add_argument("--profile", action="store_true", help="where the time of each arm goes, by operation, instead")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one video of one arm, then its peak memory
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -328,6 +352,11 @@ def main() -> None:
             print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
         return
 
+    if args.profile:
+        for name, make in makers.items():
+            print(f"\n{name}\n{profile(make(), request(), args.device)}", flush=True)
+        return
+
     half = settled(args.dtype, args.device) != "float32"
     what, _, values = (args.sweep or f"frames={args.frames}").partition("=")
     requests = {int(value): request(**{what: int(value)}) for value in values.split(",")}
@@ -355,6 +384,9 @@ def main() -> None:
     machine = {"device": _device_name(args.device), "torch": torch.__version__, "threads": torch.get_num_threads()}
     asked_for = {"model": args.model, "steps": args.steps, "rounds": args.rounds}
     print(json.dumps(asked_for | machine | {"rows": rows, "fits": fits}))
+    failed = [f"{name} at {what} = {row[what]}" for row in rows for name in arms if not row[name].get("gate", True)]
+    if failed:
+        sys.exit(f"Not what stock makes: {', '.join(failed)}.")
 
 
 def fit(x: list[int], y: list[float]) -> dict[str, float]:

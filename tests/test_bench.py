@@ -1,0 +1,44 @@
+"""scripts/bench.py: its arms make the same video, and it would notice if they did not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+from t2v.request import Request
+
+REQUEST = Request("a red circle", num_frames=3, num_inference_steps=2, seed=0)
+
+
+def test_the_arms_make_the_same_video(tiny_folder: Path):
+    arms = {"stock": bench.stock(tiny_folder, "cpu", "auto"), "ours": bench.ours(tiny_folder, "cpu", "auto")}
+    result = bench.compare(arms, REQUEST, rounds=2, warmups=0)
+    assert result["ours"]["latents_error"] < 1e-4 and result["ours"]["frames_psnr"] > 60
+    assert result["stock"]["gate"] and result["ours"]["gate"]
+    for arm in result.values():
+        stages = sum(arm[stage] for stage in bench.STAGES if stage != "total")
+        assert stages == pytest.approx(arm["total"], rel=0.5) and arm["min"] <= arm["total"]
+
+
+def test_another_video_does_not_pass(tiny_folder: Path):
+    """Both arms are ours; one makes it with other noise."""
+    ours = bench.ours(tiny_folder, "cpu", "auto")
+    other = Request("a red circle", num_frames=3, num_inference_steps=2, seed=1)
+    result = bench.compare({"stock": ours, "ours": lambda request: ours(other)}, REQUEST, rounds=1, warmups=0)
+    assert not result["ours"]["gate"]
+
+
+@pytest.mark.parametrize("error, passes", [(1.0e-3, True), (1.09e-3, True), (1.2e-3, False), (float("nan"), False)])
+def test_half_precision_may_be_as_far_from_float32_as_stock(error: float, passes: bool):
+    made = {"error_to_float32": error, "latents_error": 0.1, "frames_psnr": 30.0}
+    assert bench.passes(made, {"error_to_float32": 1e-3}) == passes
+
+
+def test_a_profile_names_what_takes_time(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--device", "cpu", "--frames", "2", "--steps", "1", "--profile"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", str(tiny_folder), *options])
+    bench.main()
+    assert capsys.readouterr().out.count("aten::mkldnn_convolution") == 2  # stock's and ours
