@@ -50,6 +50,7 @@ class Predictor(BasePredictor):
             self.engine = self.worker.call(load)
         except Exception:
             traceback.print_exc()  # Cog's health check keeps only the error's last line
+            time.sleep(0.5)  # and ends this process at once: in one case of eight before that was in its log
             raise
         print(f"Loaded {self.engine.describe()}")
         # The server reads an output after predict() has returned, so a file must outlive the call that made it.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2v import memory, weights
 from t2v.errors import InvalidRequest, OutOfMemory, WeightsError
-from t2v.graph import Function, Graphs
+from t2v.graph import Function, Graphs, Pace
 from t2v.lora import Merged, parse, read
 from t2v.networks import empty
 from t2v.request import Request
@@ -315,7 +315,10 @@ class Engine:
                 prediction.index_add_(2, window.frames, window.weights * part)
             return update(x, others, prediction, coefficients[i])
 
+        pace = Pace(self.device)
+
         def tell(done: int, total: int, x_0: Tensor) -> None:
+            pace.keep()
             progress("denoise", done, total)
             look(done, total, lambda: self._sketch(x_0, plan))
 
@@ -430,7 +433,9 @@ class Engine:
         generator = torch.Generator().manual_seed(int(request.seed or 0))
         yield self.timeline(request).noise(shape, generator).to(self.device)
         while True:
-            yield torch.randn(shape, generator=generator).to(self.device)
+            # From pinned memory, so that the host need not wait until a GPU has come so far.
+            noise = torch.randn(shape, generator=generator, pin_memory=self.device.type == "cuda")
+            yield noise.to(self.device, non_blocking=True)
 
     def size(self, request: Request) -> tuple[int, int]:
         """(height, width) in pixels of the video the request asks for."""

@@ -7,7 +7,7 @@ time: there a recording is a TorchScript trace.
 
 import logging
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import cast
 
@@ -75,6 +75,28 @@ class Graph:
             own.copy_(given)
         self.graph.replay()
         return tuple(y.clone() for y in self.outputs)
+
+
+class Pace:
+    """Holds the host back, which could issue all steps at once: what it tells of them would not have happened yet, and
+    nobody could stop them.
+
+    Args:
+        ahead: steps issued that the GPU has not done; with two it never waits for the host.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 2):
+        self.device = device
+        self.ahead = ahead
+        self.issued: deque[torch.cuda.Event] = deque()
+
+    def keep(self) -> None:
+        """To be called when a step was issued. On a CPU it has been done by then."""
+        if self.device.type == "cuda":
+            self.issued.append(torch.cuda.Event(blocking=True))  # the thread sleeps while it waits
+            self.issued[-1].record(torch.cuda.current_stream(self.device))
+            if len(self.issued) > self.ahead:
+                self.issued.popleft().synchronize()
 
 
 class Graphs:

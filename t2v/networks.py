@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 
 from t2v import text, unet3d, vae
@@ -22,6 +21,8 @@ def empty(network: str, config: dict[str, Any]) -> nn.Module:
     Raises:
         WeightsError: the config describes none that is supported.
     """
+    from accelerate import init_empty_weights  # seconds, as the libraries of the networks themselves
+
     try:
         with init_empty_weights():
             return BUILD[network](config)

@@ -3,17 +3,23 @@
 The original tokenizes with open_clip. transformers' tokenizer differs from it in two ways that change the picture: with
 this family's files it turns every `!` into the padding id, and it cleans the text less. So the text is cleaned here and
 padded here, and transformers only does the byte-pair encoding in between.
+
+transformers takes seconds to import, so that it is imported where it is used.
 """
+
+from __future__ import annotations
 
 import html
 import logging
 import unicodedata
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ftfy
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 LENGTH = 77
 START, END, PAD = 49406, 49407, 0
@@ -60,6 +66,8 @@ class Text:
 
 def build(config: dict[str, Any]) -> CLIPTextModel:
     """The network of a transformers `text_encoder/config.json`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     return CLIPTextModel(CLIPTextConfig.from_dict(config))
 
 
@@ -69,6 +77,8 @@ def load_tokenizer(folder: str) -> CLIPTokenizer:
     The padding token is set to the end token: the files of this family name `!`, and a padding token is always encoded
     as itself, so that every `!` of a prompt would vanish. Padding is done by `Text.tokenize`.
     """
+    from transformers import CLIPTokenizer
+
     # Without a length of its own it does not warn about long prompts; `Text.tokenize` does, and says what was cut.
     return CLIPTokenizer.from_pretrained(folder, pad_token="<|endoftext|>", model_max_length=10**9)
 

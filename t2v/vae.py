@@ -1,18 +1,24 @@
-"""Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames."""
+"""Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames.
+
+diffusers takes seconds to import, so that it is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from t2v import memory
 from t2v.upsample import Upsample
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16.
 CHUNK_PIXELS = 2**19
@@ -121,6 +127,9 @@ class VAE:
 
 def build(config: dict[str, Any]) -> AutoencoderKL:
     """The network of a diffusers `vae/config.json`, its decoder's upsamplers ours."""
+    from diffusers import AutoencoderKL
+    from diffusers.models.upsampling import Upsample2D
+
     autoencoder = AutoencoderKL.from_config(config)
     for name, module in list(autoencoder.decoder.named_modules()):
         if isinstance(module, Upsample2D):

@@ -14,10 +14,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, TextToVideoSDP
 
 from conftest import DEMO, TINY_UNET
 from t2v import memory
-from t2v.engine import LEAN, USUAL, Engine
+from t2v.engine import LEAN, USUAL, Engine, Sampling
 from t2v.errors import InvalidRequest, OutOfMemory
+from t2v.graph import Function
 from t2v.request import Request
-from t2v.sampler import update
+from t2v.sampler import MCM, update
 from t2v.unet3d import UNet3D, UNet3DConfig
 from t2v.video import write_video
 
@@ -205,6 +206,40 @@ def test_a_window_as_long_as_the_video_changes_nothing(tiny: Engine):
     windowed = dataclasses.replace(request, window=6)
     assert torch.equal(tiny.denoised(request), tiny.denoised(windowed))
     assert not torch.allclose(tiny.denoised(request), tiny.denoised(dataclasses.replace(request, window=4)), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"guidance_scale": 1, "scheduler": "unipc"},
+        {"num_frames": 24, "window": 8, "loop": True, "next_prompts": "a blue star", "negative_prompt": "text"},
+        {"preset": "turbo"},
+    ],
+)
+@pytest.mark.parametrize("plan", [USUAL, LEAN])
+def test_denoising_asks_the_device_for_nothing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, inputs: dict, plan):
+    """In half precision on a device that has shapes but no values, so that nothing can wait for one; and where what was
+    made on the CPU by mistake does not mix with what is on the device."""
+    engine = Engine.load(tiny_folder, device="cpu")
+    for network in (engine.text.encoder, engine.unet):
+        network.to("meta", torch.float16)
+    if inputs.get("preset") == "turbo":
+        monkeypatch.setattr(engine, "sampling", lambda request: Sampling("turbo", MCM, 4, 1.0))
+
+    def unrecorded(function: Function) -> Function:
+        def call(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert {x.device.type for x in inputs} == {"meta"}  # a CUDA graph would keep values of the CPU for ever
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(engine, "step", unrecorded(engine._step))
+    monkeypatch.setattr(engine, "predict", unrecorded(engine._predict))
+    request = Request(**({"num_frames": 3, "num_inference_steps": 3} | inputs))
+    latents = engine.denoised(request, plan=plan)
+    assert latents.device.type == "meta" and latents.dtype == torch.float32
+    assert latents.shape == (1, 4, request.num_frames, 4, 4)
 
 
 def test_windows_are_what_they_say(tiny: Engine):

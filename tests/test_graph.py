@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from t2v import graph
 from t2v.engine import Engine
-from t2v.graph import Graphs
+from t2v.graph import Graphs, Pace
 from t2v.request import Request
 
 DEVICES = [
@@ -38,6 +39,28 @@ def test_what_it_returned_stays_as_it_was(device: str):
     (second,) = graphs(first)
     graphs(torch.zeros(3, device=device))
     assert first.tolist() == [2, 2] and second.tolist() == [4, 4]
+
+
+def test_the_host_is_never_far_ahead_of_a_gpu_and_never_waits_for_its_last_step(monkeypatch: pytest.MonkeyPatch):
+    recorded: list[Any] = []
+
+    class Event:
+        def __init__(self, blocking: bool):
+            self.done = False
+            recorded.append(self)
+
+        def record(self, stream: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            self.done = True
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    pace = Pace(torch.device("cuda"))
+    for step in range(1, 6):
+        pace.keep()
+        assert [event.done for event in recorded] == [i < step - 2 for i in range(step)]
 
 
 def test_recordings_are_bounded_and_the_one_unused_for_longest_goes_first():
