@@ -64,6 +64,7 @@ Arm = Callable[[Request], Run]
 
 def ours(folder: Path, device: str, dtype: str, compiled: bool = False, window: int | None = None) -> Arm:
     engine = Engine.load(folder, device, dtype, compile=compiled)
+    engine.warm_up()  # as the server's setup does
 
     def run(request: Request) -> Run:
         request = dataclasses.replace(request, window=window)

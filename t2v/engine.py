@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 Look = Callable[[int, int, Callable[[], np.ndarray]], None]
 
 TRACE_AFTER = 35  # steps of one shape on a CPU, done or to come
+LARGE = 10**8  # parameters of a denoiser of which a CPU takes longer for a step than for its recording
 MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
 STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise, and of a second pass
 SKETCHED = 4  # frames that one stands for in a view of an unfinished video
@@ -128,9 +129,9 @@ class Engine:
         self.merged = merged
         self.upscaler = upscaler
         # A trace takes half a second, which fewer steps do not win back.
-        after = 0 if self.device.type == "cuda" else TRACE_AFTER
-        self.step: Function = Graphs(self._step, after=after)
-        self.predict: Function = Graphs(self._predict, after=after)
+        self._after = 0 if self.device.type == "cuda" else TRACE_AFTER
+        self.step: Function = Graphs(self._step, after=self._after)
+        self.predict: Function = Graphs(self._predict, after=self._after)
 
     @classmethod
     def load(
@@ -347,12 +348,16 @@ class Engine:
         return (guided(prediction, guidance) if len(condition) == 2 else prediction,)
 
     def warm_up(self) -> None:
-        """Pay now what the first request would pay: libraries, algorithms and, on CUDA, the recording of the default
-        shape. Elsewhere one small frame will do."""
-        cuda = self.device.type == "cuda"
-        small: dict[str, Any] = {} if cuda else {"num_frames": 1, "width": 16, "height": 16}
+        """Pay now what the first request would pay: libraries, algorithms, the recording of the default shape. A large
+        network on a CPU takes too long for that; there one small frame will do."""
+        large = self.device.type != "cuda" and sum(p.numel() for p in self.unet.parameters()) > LARGE
+        small: dict[str, Any] = {"num_frames": 1, "width": 16, "height": 16} if large else {}
+        for recorded in self._recorded:
+            recorded.after = self._after if large else 0
         for _ in self.generate(Request(num_inference_steps=1, seed=0, **small)):
             pass
+        for recorded in self._recorded:
+            recorded.after = self._after
         if self.upscaler:
             self.upscaler.warm_up()
 

@@ -131,6 +131,18 @@ def test_what_cannot_be_recorded_runs_all_the_same(monkeypatch: pytest.MonkeyPat
     assert caplog.text.count("without recordings") == 1
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_warming_up_records_the_default_shape_unless_that_takes_too_long(tiny_folder, monkeypatch, large: bool):
+    engine = Engine.load(tiny_folder, "cpu")
+    monkeypatch.setattr("t2v.engine.LARGE", 0 if large else 10**9)
+    engine.warm_up()
+    assert isinstance(engine.step, Graphs) and len(engine.step.recordings) == (not large)
+    recorded = dict(engine.step.recordings)
+    engine.denoised(Request("a red circle", num_inference_steps=1))
+    engine.denoised(Request("a red circle", num_frames=3, num_inference_steps=1))
+    assert engine.step.recordings == recorded  # which the default request plays back, and others are not worth it
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("std::bad_alloc")])
 def test_a_lack_of_memory_is_told_and_frees_the_recordings(monkeypatch: pytest.MonkeyPatch, error: Exception):
     def refuse(*_):
