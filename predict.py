@@ -52,7 +52,7 @@ class Predictor(BasePredictor):
             traceback.print_exc()  # Cog's health check keeps only the error's last line
             time.sleep(0.5)  # and ends this process at once: in one case of eight before that was in its log
             raise
-        print(f"Loaded {self.engine.describe()}")
+        print(f"Loaded on {self.engine.device} with torch {torch.__version__}: {self.engine.describe()}")
         # The server reads an output after predict() has returned, so a file must outlive the call that made it.
         self.outputs = FilePath(tempfile.mkdtemp(prefix="t2v-"))
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
@@ -152,7 +152,7 @@ class Predictor(BasePredictor):
             raise
         except Exception as error:
             log_traceback()
-            self.broken = self.broken or isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+            self.broken = self.broken or not self.worker.call(memory.works, self.engine.device)
             # A library's own words may hold paths and addresses; they are for the operator alone.
             sentence = f"An internal error ({type(error).__name__}); the container's log says more. Please try again."
             raise T2VError(sentence) from None

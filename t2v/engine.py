@@ -35,6 +35,7 @@ MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x25
 STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise, and of a second pass
 SKETCHED = 4  # frames that one stands for in a view of an unfinished video
 MOST_AT_ONCE = 128  # frames that are denoised together unless a request says otherwise
+GPU = Path("/dev/nvidia0")  # is there wherever a container was given a GPU
 FAST_STEPS = 20  # of preset fast; the solver's authors advise 15 to 20 for guided sampling (arXiv 2211.01095)
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class Engine:
         """Load a model from a folder in diffusers' layout.
 
         Args:
-            device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
+            device: "cpu", "cuda", "cuda:1", which becomes this thread's current one; "auto" is CUDA where there is one.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
             verify: read every file again to compare it with the manifest, whatever was found before.
             lora: "path[:scale]" of an adaptation to merge into the denoiser; see `t2v.lora` for the formats.
@@ -160,6 +161,8 @@ class Engine:
         """
         folder = Path(folder)
         where, precision = _device(device), _dtype(dtype, device)
+        if where.index is not None and where.type == "cuda":
+            torch.cuda.set_device(where)  # where streams, events and graphs are made
         weights.check(folder, verify)
         index = weights.read_json(folder / "model_index.json")
         configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}
@@ -252,10 +255,19 @@ class Engine:
         plan = plan or self.plan(request)
         log.info("Memory plan: %s", plan)
         x_0 = None
+        too_much = OutOfMemory(
+            f"{self._size_of(request)}: the device's memory ran out; ask for fewer frames or pixels."
+        )
         if start is not None:
-            x_0 = self.vae.encode(start, LEAN.chunk_pixels)
+            try:
+                x_0 = self.vae.encode(start, plan.chunk_pixels)
+            except (RuntimeError, MemoryError) as error:
+                if memory.exhausted(error):
+                    raise too_much from error
+                raise
             progress("start", 1, 1)
         while True:
+            held = self.device.type == "cuda" and any(recorded.recordings for recorded in self._recorded)
             try:
                 return self._denoised(request, plan, progress, x_0, look)
             except (RuntimeError, MemoryError) as error:
@@ -263,10 +275,10 @@ class Engine:
                     raise
             # Here, where the error no longer holds on to tensors.
             self.release()
+            if held:  # CUDA graphs of earlier requests, of which the memory is free now
+                continue
             if plan is LEAN:
-                raise OutOfMemory(
-                    f"{self._size_of(request)}: the device's memory ran out; ask for fewer frames or pixels."
-                )
+                raise too_much
             plan = LEAN
             log.warning("Memory ran out. Memory plan: %s", plan)
 
@@ -405,12 +417,14 @@ class Engine:
         rows = 1 if self.sampling(request).guidance_scale == 1 else 2
         height, width = self.size(request)
         timeline, shape = self.timeline(request), self._shape(request)
-        for plan in (USUAL, LEAN):
+        for plan in (USUAL, USUAL, LEAN):  # once more where there was something to release
             free = memory.free(self.device)
             chunk = max(1, min(request.num_frames, plan.chunk_pixels // (height * width)))
             decoding = MARGIN * self.vae.workspace(chunk, height, width)
             denoising = MARGIN * self.unet.workspace(min(rows, plan.rows), (*shape[:2], timeline.size, *shape[3:]))
-            if free is None or max(denoising, decoding) <= free:
+            # A CUDA graph keeps what it ran in, and the lean plan runs without.
+            graph = self.device.type == "cuda" and plan is USUAL
+            if free is None or (denoising + decoding if graph else max(denoising, decoding)) <= free:
                 return plan
             self.release()
         assert free is not None
@@ -564,7 +578,7 @@ class Engine:
     def _decoded(self, latents: Tensor, plan: Plan, progress: Progress) -> Iterator[np.ndarray]:
         done = 0
         try:
-            for frames in self.vae.decode(latents, plan.chunk_pixels):
+            for frames in self.vae.decode(latents, plan.chunk_pixels, self.release):
                 done += len(frames)
                 progress("decode", done, latents.shape[2])
                 yield frames
@@ -585,6 +599,11 @@ def _enlarged(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda and GPU.exists():
+            raise WeightsError(
+                f"There is a GPU, but torch {torch.__version__}, made for CUDA {torch.version.cuda}, cannot use it; "
+                "update its driver, or ask for the device cpu."
+            )
     try:
         device = torch.device(name)
     except RuntimeError as error:

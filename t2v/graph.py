@@ -60,15 +60,22 @@ class Graph:
 
     def __init__(self, function: Function, inputs: tuple[Tensor, ...], sibling: "Graph | None" = None):
         self.inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Memory is shared between what runs in one stream only.
+        self.stream: torch.cuda.Stream = sibling.stream if sibling else torch.cuda.Stream()
+        usual = torch.cuda.current_stream()
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
             for _ in range(WARM_UPS):
                 function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        usual.wait_stream(self.stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=sibling.graph.pool() if sibling else None, stream=stream):
-            self.outputs = function(*self.inputs)
+        pool = sibling.graph.pool() if sibling else None
+        try:
+            with torch.cuda.graph(self.graph, pool, self.stream, capture_error_mode="thread_local"):
+                self.outputs = function(*self.inputs)
+        except BaseException:
+            torch.cuda.set_stream(usual)  # where the capture cannot be ended, torch stays in its stream
+            raise
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for own, given in zip(self.inputs, inputs, strict=True):
@@ -136,13 +143,15 @@ class Graphs:
             try:
                 self.recordings[key] = self._record(inputs)
             except (RuntimeError, MemoryError) as error:
-                if memory.exhausted(error):
-                    self.clear()
+                others = bool(self.recordings)
+                self.clear()
+                if not memory.exhausted(error):
+                    log.warning("Runs without recordings, slower: %s", error)
+                    self.records = False
+                elif not others:
                     raise
-                log.warning("Runs without recordings, slower: %s", error)
-                self.records = False
-                self.recordings.clear()
-                return self.function(*inputs)
+            if key not in self.recordings:  # here, where the error no longer holds on to tensors
+                return self(*inputs)
         self.recordings.move_to_end(key)
         return self.recordings[key](*inputs)
 

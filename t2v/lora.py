@@ -56,10 +56,10 @@ class Lora:
     deltas: Found
     few_step: FewStep | None
 
-    def delta(self, layer: str) -> Tensor:
+    def delta(self, layer: str, device: torch.device | str = "cpu") -> Tensor:
         """(c_out, rest of the weight's shape, flat) float32: what is added to the weight at scale 1."""
         up, down, factor = self.deltas[layer]
-        return factor * (up @ down)
+        return factor * (up.to(device) @ down.to(device))
 
 
 class Merged:
@@ -93,7 +93,7 @@ class Merged:
             weight = layers[name].weight
             assert isinstance(weight, Tensor)
             self.originals[name] = weight.detach().to("cpu", copy=True)
-            delta = self.lora.delta(name).to(weight.device).view(weight.shape)
+            delta = self.lora.delta(name, weight.device).view(weight.shape)
             weight.copy_(weight.float() + self.scale * delta)
         fold(self.unet)
         self.active = True

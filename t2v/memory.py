@@ -15,8 +15,17 @@ CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-# How torch, oneDNN and the C++ library say that the CPU's memory is used up; they have no class for it.
-CPU_SIGNS = ("can't allocate memory", "bad_alloc", "not enough memory", "could not create a", "could not execute a")
+# How the libraries say that memory is used up where there is no class for it: torch, oneDNN and the C++ library of the
+# CPU's; CUDA, cuBLAS and cuDNN of what they allocate themselves.
+SIGNS = (
+    "can't allocate memory",
+    "bad_alloc",
+    "not enough memory",
+    "could not create a",
+    "could not execute a",
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+)
 
 
 def free(device: torch.device) -> int | None:
@@ -35,7 +44,15 @@ def exhausted(error: BaseException) -> bool:
     """Whether the error means that a device's memory was used up."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def works(device: torch.device) -> bool:
+    """Whether the device still computes; after some errors a GPU does not until a new process uses it."""
+    try:
+        return bool(torch.ones(1, device=device).add(1).item() == 2)
+    except RuntimeError as error:
+        return exhausted(error)
 
 
 def release(device: torch.device) -> None:
@@ -69,9 +86,9 @@ def mark(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int | None:
-    """Bytes held at most since `mark`: allocated on the GPU, or resident in the CPU's memory."""
+    """Bytes held at most since `mark`: by torch on the GPU, or resident in the CPU's memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)  # what a CUDA graph uses is not allocated when it is played back
     return _kilobytes("/proc/self/status", "VmHWM")
 
 

@@ -43,6 +43,9 @@ TRANSFORMER_IN_HEADS = 8
 PEAK = 21
 PEAK_IN = 15
 
+# Attended to at once: along frames every pixel of every row is a sequence, and CUDA's kernels take 65,535.
+MOST_SEQUENCES = 2**15
+
 # Sinusoids of the guidance scale, for the few-step models that take it as an input.
 GUIDANCE_EMBEDDING = 256
 
@@ -450,7 +453,9 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(n, heads, l, d), (n, heads, s, d), (n, heads, s, d) -> (n, l, heads * d)."""
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        parts = zip(q.split(MOST_SEQUENCES), k.split(MOST_SEQUENCES), v.split(MOST_SEQUENCES))
+        heads = [F.scaled_dot_product_attention(*part) for part in parts]
+        return (heads[0] if len(heads) == 1 else torch.cat(heads)).transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):

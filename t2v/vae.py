@@ -49,12 +49,15 @@ class VAE:
         config = self.autoencoder.config
         return PEAK * config.block_out_channels[0] * frames * height * width * self.autoencoder.dtype.itemsize
 
-    def decode(self, latents: Tensor, chunk_pixels: int = CHUNK_PIXELS) -> Iterator[np.ndarray]:
+    def decode(
+        self, latents: Tensor, chunk_pixels: int = CHUNK_PIXELS, release: Callable[[], None] | None = None
+    ) -> Iterator[np.ndarray]:
         """Decode chunk by chunk; in chunks half as large, and half again, where memory runs out.
 
         Args:
             latents: (1, channels, F, h, w), any float dtype.
             chunk_pixels: to decode at once, one frame at least.
+            release: gives back what others hold, where memory runs out.
 
         Yields:
             (n, H, W, 3) uint8 RGB, F frames in all. Values are rounded to the nearest; the original truncated.
@@ -78,7 +81,8 @@ class VAE:
                     yield started.popleft()()
                 continue
             log.warning("Memory ran out in decoding; on with %d frames at once.", size)
-            memory.release(images.device)  # here, where the error no longer holds on to tensors
+            # Here, where the error no longer holds on to tensors.
+            release() if release else memory.release(images.device)
         for finish in started:
             yield finish()
 

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, TextToVideoSDP
 from conftest import DEMO, TINY_UNET
 from t2v import memory
 from t2v.engine import LEAN, USUAL, Engine, Sampling
-from t2v.errors import InvalidRequest, OutOfMemory
+from t2v.errors import InvalidRequest, OutOfMemory, WeightsError
 from t2v.graph import Function
 from t2v.request import Request
 from t2v.sampler import MCM, update
@@ -242,6 +242,16 @@ def test_denoising_asks_the_device_for_nothing(tiny_folder: Path, monkeypatch: p
     assert latents.shape == (1, 4, request.num_frames, 4, 4)
 
 
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tiny_folder: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr("t2v.engine.GPU", tmp_path / "nvidia0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(WeightsError, match="There is a GPU, but torch .* update its driver"):
+        Engine.load(tiny_folder)
+    assert Engine.load(tiny_folder, "cpu").device.type == "cpu"
+
+
 def test_windows_are_what_they_say(tiny: Engine):
     """One step of DDIM from the averaged predictions, computed here again with the plain network."""
     request = Request("a circle", 12, 1, seed=3, window=8, scheduler="ddim", guidance_scale=1)
@@ -346,6 +356,15 @@ def test_strength_moves_a_video_away_from_the_one_it_starts_from(demo: Engine, s
 def test_strength_needs_something_to_start_from(tiny: Engine):
     with pytest.raises(InvalidRequest, match="strength needs an init_video"):
         tiny.generate(Request("a", strength=0.5))
+
+
+def test_running_out_of_memory_with_the_frames_to_start_from(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny.vae.autoencoder, "encode", fail)
+    with pytest.raises(OutOfMemory, match="3 frames of 32x32: the device's memory ran out; ask for fewer"):
+        tiny.denoised(Request(num_frames=3), start=np.zeros((3, 32, 32, 3), np.uint8))
 
 
 def test_upscaling_is_a_second_pass_from_the_frames_of_the_first(tiny: Engine):

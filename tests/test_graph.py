@@ -10,7 +10,7 @@ import torch
 
 from t2v import graph
 from t2v.engine import Engine
-from t2v.graph import Graphs, Pace
+from t2v.graph import Graphs, Pace, Trace
 from t2v.request import Request
 
 DEVICES = [
@@ -156,6 +156,13 @@ def test_a_lack_of_memory_is_told_and_frees_the_recordings(monkeypatch: pytest.M
     assert not graphs.recordings
     graphs(torch.zeros(2))  # the next one may fit
     assert len(graphs.recordings) == 1
+
+    def refuse_a_second(*args):
+        return refuse() if graphs.recordings else Trace(*args)
+
+    monkeypatch.setattr(graph, "Trace", refuse_a_second)
+    assert graphs(torch.ones(3))[0].tolist() == [1, 1, 1]  # in the place of the other
+    assert [key[0][0][0] for key in graphs.recordings] == [3]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -42,6 +42,8 @@ def test_what_running_out_looks_like():
         torch.empty(2**50)
     assert memory.exhausted(caught.value)
     assert memory.exhausted(MemoryError()) and memory.exhausted(torch.OutOfMemoryError("CUDA out of memory"))
+    for message in ("CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        assert memory.exhausted(torch.AcceleratorError(message)), message
     assert not memory.exhausted(RuntimeError("shapes do not fit")) and not memory.exhausted(ValueError("bad_alloc"))
 
 
