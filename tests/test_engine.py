@@ -359,7 +359,7 @@ def test_strength_needs_something_to_start_from(tiny: Engine):
 
 
 def test_running_out_of_memory_with_the_frames_to_start_from(tiny: Engine, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(tiny.vae.autoencoder, "encode", fail)
