@@ -56,6 +56,7 @@ class Predictor(BasePredictor):
         # The server reads an output after predict() has returned, so a file must outlive the call that made it.
         self.outputs = FilePath(tempfile.mkdtemp(prefix="t2v-"))
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
+        tempfile.tempdir = str(self.outputs)  # Cog leaves there what it has fetched, and what it failed to fetch
         watchdog.start(self.outputs)
         memory.settle()
 
@@ -106,7 +107,8 @@ class Predictor(BasePredictor):
         ),
         loop: bool = Input(default=False, description="Whether the first frame shall follow the last"),
         next_prompts: str = Input(
-            default="", description="What the video shows later on: prompts separated by |, spread evenly along it"
+            default="",
+            description="What the video shows later on: up to 15 prompts separated by |, spread evenly along it",
         ),
         init_video: Path | None = Input(
             default=None, description="Video or picture to start from, scaled and cut to the size asked for"
@@ -137,7 +139,7 @@ class Predictor(BasePredictor):
         init_video = inputs["init_video"]
         if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
             raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
-        self._tidy()
+        self._tidy(init_video)
         return request, init_video
 
     @contextlib.contextmanager
@@ -194,11 +196,13 @@ class Predictor(BasePredictor):
         """Of a new file for the caller; it stays until the next prediction."""
         return self.outputs / f"{name}-{uuid.uuid4().hex}.{suffix}"
 
-    def _tidy(self) -> None:
+    def _tidy(self, init_video: FilePath | None) -> None:
         """Remove what earlier predictions have left: their files, and the empty directories that Cog makes for each
         and never removes. The newest of those is the one of the prediction that runs now."""
         for old in self.outputs.iterdir():
-            old.unlink()
+            with contextlib.suppress(OSError):  # it is a library's directory
+                if old != init_video:
+                    old.unlink()
         with contextlib.suppress(OSError):  # another server on this machine was faster
             for folder in sorted(COG_FOLDER.iterdir(), key=os.path.getmtime)[:-1]:
                 with contextlib.suppress(OSError):  # it is not empty

@@ -20,7 +20,7 @@ PREVIEW_QUALITY = 30  # constant rate factor
 
 class StreamingPredictor(Predictor):
     @streaming
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         prompt: str = Input(default="An astronaut riding a horse", description="Input prompt, in English"),
         num_frames: int = Input(default=16, ge=1, le=256, description="Number of frames for the output video"),
@@ -63,7 +63,8 @@ class StreamingPredictor(Predictor):
         ),
         loop: bool = Input(default=False, description="Whether the first frame shall follow the last"),
         next_prompts: str = Input(
-            default="", description="What the video shows later on: prompts separated by |, spread evenly along it"
+            default="",
+            description="What the video shows later on: up to 15 prompts separated by |, spread evenly along it",
         ),
         init_video: Path | None = Input(
             default=None, description="Video or picture to start from, scaled and cut to the size asked for"

@@ -38,7 +38,7 @@ def main() -> None:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=kind, default=default, help=f"{about}; {low} to {high}{shown}")
     parser.add_argument("--negative-prompt", default="", help="what to lead the video away from")
-    parser.add_argument("--next-prompts", default="", help="what the video shows later on, separated by |")
+    parser.add_argument("--next-prompts", default="", help="what the video shows later on, up to 15 separated by |")
     parser.add_argument("--init-video", type=Path, help="video or picture to start from")
     parser.add_argument("--loop", action="store_true", help="let the first frame follow the last")
     for name, about in (
@@ -65,6 +65,12 @@ def generate(args: argparse.Namespace) -> None:
     names = {field.name for field in dataclasses.fields(Request)}
     # Refused, if it is, before the seconds that the libraries take to load.
     request = Request(**{k: v for k, v in vars(args).items() if k in names})
+    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
+    path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.{request.output_format}"
+    if path.suffix != f".{request.output_format}":
+        sys.exit(f"scripts/generate: --out ends in {path.suffix or 'nothing'}, not in .{request.output_format}.")
+    if args.init_video and not args.init_video.is_file():
+        sys.exit(f"scripts/generate: --init-video {args.init_video} is no file.")
 
     from tqdm import tqdm
 
@@ -74,10 +80,6 @@ def generate(args: argparse.Namespace) -> None:
 
     engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora, upscaler=args.upscaler)
     print(f"Model: {engine.describe()}")
-    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
-    path = args.out or ROOT / "outputs" / f"{slug}-{request.seed}.{request.output_format}"
-    if path.suffix != f".{request.output_format}":
-        sys.exit(f"scripts/generate: --out ends in {path.suffix or 'nothing'}, not in .{request.output_format}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     start = None

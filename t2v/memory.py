@@ -51,7 +51,7 @@ def works(device: torch.device) -> bool:
     """Whether the device still computes; after some errors a GPU does not until a new process uses it."""
     try:
         return bool(torch.ones(1, device=device).add(1).item() == 2)
-    except RuntimeError as error:
+    except Exception as error:
         return exhausted(error)
 
 

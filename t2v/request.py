@@ -9,6 +9,7 @@ from t2v.errors import InvalidRequest
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 10_000  # characters; the text encoder reads 77 tokens, some 300 characters
+MAX_PROMPTS = 16  # one after the other; each is a row of the text encoder and some megabytes of keys and values
 BOUNDS = {
     "num_frames": (1, 256),
     "num_inference_steps": (1, 500),
@@ -60,7 +61,8 @@ class Request:
         window: frames that are denoised together, 4 to 128; None is all of them where they are at most 128 and there is
             one prompt, else as many as the model was trained on. See `t2v.timeline`.
         loop: whether the first frame shall follow the last.
-        next_prompts: what the video shows later, prompts separated by `|`, spread evenly along it after `prompt`.
+        next_prompts: what the video shows later, at most 15 prompts separated by `|`, spread evenly along it after
+            `prompt`.
         strength: how far the video leaves the one it starts from: 0 is that one, 1 has nothing of it; None is 0.6.
         upscale: 2 makes the video twice as wide and high as `width` and `height` say, in a second pass that starts from
             the frames of the first; 1 is without.
@@ -95,6 +97,10 @@ class Request:
                 raise InvalidRequest(f"{name} must be text, not {_shown(text)}.")
             if len(text) > MAX_PROMPT:
                 raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_PROMPT} are allowed.")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise InvalidRequest(
+                f"next_prompts holds {len(self.prompts) - 1} prompts; at most {MAX_PROMPTS - 1} are allowed."
+            )
         if not self.prompt.strip():
             raise InvalidRequest("prompt is blank; describe the video in a few English words.")
         if not isinstance(self.loop, bool):

@@ -5,7 +5,6 @@ files or addresses. Size, pixels and time are bounded. This module knows no tens
 """
 
 import math
-import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,13 +50,24 @@ def frames(path: Path, count: int, height: int, width: int, fps: int) -> Iterato
     if path.stat().st_size > MAX_BYTES:
         raise InvalidRequest(f"init_video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-protocol_whitelist", "file"]
-    command += ["-max_pixels", str(MAX_PIXELS), "-t", str(math.ceil(count / fps) + 1), "-f", kind, "-i", f"file:{path}"]
-    scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"
+    command += [
+        "-timelimit",
+        str(MAX_SECONDS),
+        "-max_pixels",
+        str(MAX_PIXELS),
+        "-t",
+        str(math.ceil(count / fps) + 1),
+        "-f",
+        kind,
+        "-i",
+        f"file:{path}",
+    ]
+    # Cut before it is scaled: of a long thin picture the whole would be huge. Not to less than a pixel.
+    cut = f"crop=max(1\\,min(iw\\,ih*{width}/{height})):max(1\\,min(ih\\,iw*{height}/{width})):exact=1"
+    scale = f"{cut},scale={width}:{height}:flags=lanczos"
     command += ["-map", "0:v:0", "-vf", f"fps={fps},{scale}" if "pipe" not in kind else scale]
     command += ["-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    decoder = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=_limit
-    )
+    decoder = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert decoder.stdout
     last = None
     try:
@@ -78,7 +88,3 @@ def frames(path: Path, count: int, height: int, width: int, fps: int) -> Iterato
         decoder.kill()
         decoder.wait()
         decoder.stdout.close()
-
-
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))

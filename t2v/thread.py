@@ -9,7 +9,7 @@ import contextvars
 import ctypes
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 INTERVAL = 0.05  # seconds between two looks for a cancellation, which Python cannot deliver to a thread that waits
@@ -56,7 +56,7 @@ class Worker:
         (result,) = self._follow(Call(function, args))
         return result
 
-    def stream(self, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    def stream(self, function: Callable[..., Any], *args: Any) -> Generator[Any, None, None]:
         """What `function(*args, say)` says in the worker's thread, `say(what)`, while it runs; its result last.
 
         A caller that takes no more, or is stopped, stops the call; it has ended when the iterator has.
@@ -65,7 +65,7 @@ class Worker:
         call.args += (call.said.put,)
         yield from self._follow(call)
 
-    def _follow(self, call: Call) -> Iterator[Any]:
+    def _follow(self, call: Call) -> Generator[Any, None, None]:
         try:
             self.calls.put(call)
             while not call.done.wait(INTERVAL):

@@ -36,8 +36,8 @@ def write_video(
     """Encode frames as they come, then read the file back.
 
     Exact size, exact frame rate (of a GIF, whose unit is a hundredth of a second, the nearest that it can say). MP4:
-    H.264, yuv420p, BT.709, +faststart. WebM: VP9, yuv420p, BT.709. GIF: a palette of 256 colours made for the video,
-    which loops for ever; it holds no metadata.
+    H.264, yuv420p, BT.709, +faststart. WebM: VP9, yuv420p, BT.709. GIF: 256 colours in every frame, made for it (one
+    palette for all would keep all frames in memory); it loops for ever, and holds no metadata.
 
     Args:
         path: of the file to write, ending in .mp4, .webm or .gif; whatever stands there is replaced.
@@ -116,7 +116,7 @@ def _options(suffix: str, fps: int, metadata: dict[str, Any], crf: int) -> dict[
     codec, params = {
         ".mp4": ("libx264", ["-crf", str(crf), "-preset", "veryfast", "-movflags", "+faststart"]),
         ".webm": ("libvpx-vp9", ["-crf", str(crf), "-b:v", "0", "-deadline", "good", "-cpu-used", "4"]),
-        ".gif": ("gif", ["-vf", "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse", "-loop", "0"]),
+        ".gif": ("gif", ["-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1", "-loop", "0"]),
     }[suffix]
     if codec != "gif":
         # Without a stated matrix ffmpeg converts by BT.601 and players of large videos read BT.709: colours shift.

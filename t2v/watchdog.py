@@ -44,7 +44,7 @@ def watch(worker: int, server: int, folder: Path) -> None:
         if b"cog.server.http" not in _command(server):
             return
         time.sleep(INTERVAL)
-    with contextlib.suppress(OSError), open(f"/proc/{server}/fd/2", "w") as log:
+    with contextlib.suppress(OSError), open(f"/proc/{server}/fd/2", "a") as log:
         log.write("The worker process died; the server exits so that it is started anew.\n")
     # SIGTERM would be answered with exit code 0. As process 1 of a container, which SIGKILL from inside does not reach,
     # the server is asked in the ordinary way.

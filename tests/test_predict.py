@@ -3,16 +3,18 @@
 import inspect
 import re
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import predict
 from predict import Predictor
 from t2v.errors import InvalidRequest, T2VError, WeightsError
-from t2v.video import read_metadata, read_video
+from t2v.video import read_metadata, read_video, write_video
 
 # Every input: without a server an omitted one arrives as Cog's FieldInfo.
 INPUTS = {
@@ -27,6 +29,7 @@ def predictor(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
     monkeypatch.setenv("T2V_WEIGHTS", str(tiny_folder))
     monkeypatch.setenv("T2V_DEVICE", "cpu")
     made = Predictor()
+    monkeypatch.setattr(tempfile, "tempdir", None)  # which setup changes
     made.setup()
     return made
 
@@ -93,6 +96,19 @@ def test_a_file_lives_until_the_next_prediction(predictor: Predictor):
     second = run(predictor)
     assert second.exists() and not first.exists() and first.name != second.name
     assert list(predictor.outputs.iterdir()) == [second]
+
+
+def test_what_cog_fetched_is_used_and_goes_with_the_next_prediction(predictor: Predictor):
+    """It writes into temporary files, which it keeps, whole or not."""
+    (predictor.outputs / "library").mkdir()
+    with tempfile.NamedTemporaryFile(suffix="half.mp4", delete=False) as failed:
+        pass
+    with tempfile.NamedTemporaryFile(suffix=".mp4", delete=False) as fetched:
+        write_video(Path(fetched.name), [np.zeros((2, 32, 32, 3), np.uint8)], 5, {})
+    made = run(predictor, init_video=Path(fetched.name))
+    assert read_metadata(made)["strength"] is None and not Path(failed.name).exists()
+    made = run(predictor)
+    assert set(predictor.outputs.iterdir()) == {made, predictor.outputs / "library"}
 
 
 def test_bad_input_is_refused_before_any_work_and_loses_nothing(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):

@@ -82,7 +82,8 @@ def test_a_dead_worker_is_answered_for_and_ends_the_server(how: signal.Signals, 
         answer = call.result(1)
         assert answer["status"] == "failed" and answer["error"]
         assert doomed.process.wait(5) != 0
-        assert not doomed.files() and "The worker process died" in doomed.log.read_text()
+        log = doomed.log.read_text()
+        assert not doomed.files() and "Loaded on" in log and log.endswith("started anew.\n")
 
 
 # R2
@@ -337,7 +338,7 @@ def test_a_prediction_reports_its_stages_and_its_output(server: Server):
 
 def test_a_lost_device_shows_and_tracebacks_are_the_operators_alone(tiny_folder: Path, tmp_path: Path):
     source = (ROOT / "predict.py").read_text() + (
-        "\n\ndef _fail(*_):\n    raise torch.AcceleratorError('CUDA error: secret /etc/path at 0x7fff')\n\n\n"
+        "\n\ndef _fail(*_, **__):\n    raise torch.AcceleratorError('CUDA error: secret /etc/path at 0x7fff')\n\n\n"
         "Engine.denoised = torch.ones = _fail\nEngine.warm_up = lambda self: None\n"
     )
     with serve(tmp_path / "server", tiny_folder, predictor=source) as failing:

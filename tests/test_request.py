@@ -34,6 +34,7 @@ from t2v.request import MAX_PROMPT, MAX_SEED, Request
         ("guidance_scale", math.nan, "not nan"),
         ("negative_prompt", None, "negative_prompt must be text, not None"),
         ("next_prompts", "a" * 10001, "next_prompts has 10001 characters"),
+        ("next_prompts", "a|" * 16, "next_prompts holds 16 prompts; at most 15 are allowed"),
         ("scheduler", "euler", r"scheduler must be one of dpm\+\+, ddim, unipc, not 'euler'"),
         ("output_format", "avi", "output_format must be one of mp4, webm, gif, not 'avi'"),
         ("quality", 0, "quality must be a whole number from 1 to 51, not 0"),

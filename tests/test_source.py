@@ -1,12 +1,14 @@
 """Callers' pictures and videos: real files, also of the kind that a caller should not send."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from t2v import source
 from t2v.errors import InvalidRequest
 from t2v.video import write_video
@@ -79,6 +81,19 @@ def test_size_and_pixels_are_bounded(tmp_path: Path):
         file.truncate(source.MAX_BYTES + 1)
     with pytest.raises(InvalidRequest, match="larger than 64 MiB"):
         list(source.frames(heavy, 1, 32, 32, 8))
+
+
+def test_a_long_thin_picture_takes_no_more_memory_than_what_is_made_of_it(tmp_path: Path):
+    iio.imwrite(tmp_path / "a.png", np.zeros((16, 4000, 3), np.uint8))  # 256,000x1024, if it were scaled as a whole
+    program = (
+        "import resource, sys; from pathlib import Path; from t2v import source\n"
+        "(frame,) = source.frames(Path(sys.argv[1]), 1, 1024, 1024, 8)\n"
+        "assert frame.shape == (1024, 1024, 3)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "a.png"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200_000  # kB; 940,000 as a whole, 43,000 so
 
 
 def test_a_truncated_video_is_refused(tmp_path: Path):

@@ -34,6 +34,14 @@ def test_everything_missing_is_named_at_once(broken_copy: Path):
     assert all(name in message for name in (UNET, "tokenizer/merges.txt", "vae/config.json"))
 
 
+def test_what_was_remembered_and_is_not_whole_is_found_out_again(broken_copy: Path):
+    weights.write_manifest(broken_copy, "scripts/mend")
+    for content in ("", "[1]", "{"):
+        (broken_copy / weights.VERIFIED).write_text(content)
+        Engine.load(broken_copy, "cpu")
+        assert UNET in weights.read_json(broken_copy / weights.VERIFIED)
+
+
 def test_another_kind_of_model(broken_copy: Path):
     (broken_copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert "StableDiffusionPipeline" in load_error(broken_copy)
