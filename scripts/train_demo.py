@@ -8,7 +8,7 @@ Four stages, each resumed from its checkpoint in --run and skipped when done:
     unet     the denoiser, on velocity, with the text encoder frozen
 
 and then writes the diffusers folder layout to --out. The result depends on --seed alone (and on the machine's
-arithmetic). On two CPU cores the whole takes about two hours.
+arithmetic). On two CPU cores the whole takes about three hours.
 
     python scripts/train_demo.py --out weights/demo
 """

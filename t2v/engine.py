@@ -31,7 +31,7 @@ Look = Callable[[int, int, Callable[[], np.ndarray]], None]
 
 TRACE_AFTER = 35  # steps of one shape on a CPU, done or to come
 LARGE = 10**8  # parameters of a denoiser of which a CPU takes longer for a step than for its recording
-MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps are half of it
+MAX_WORK = 2**34  # frames x pixels x steps of one request; 256 frames of 256x256 in 500 steps, in windows, just fit
 STRENGTH = 0.6  # of a video that starts from another one, unless a request says otherwise, and of a second pass
 SKETCHED = 4  # frames that one stands for in a view of an unfinished video
 MOST_AT_ONCE = 128  # frames that are denoised together unless a request says otherwise
