@@ -1,5 +1,6 @@
 """The model as a whole: a request in, frames out."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -255,16 +256,10 @@ class Engine:
         plan = plan or self.plan(request)
         log.info("Memory plan: %s", plan)
         x_0 = None
-        too_much = OutOfMemory(
-            f"{self._size_of(request)}: the device's memory ran out; ask for fewer frames or pixels."
-        )
+        sentence = f"{self._size_of(request)}: the device's memory ran out; ask for fewer frames or pixels."
         if start is not None:
-            try:
+            with _told(sentence):
                 x_0 = self.vae.encode(start, plan.chunk_pixels)
-            except (RuntimeError, MemoryError) as error:
-                if memory.exhausted(error):
-                    raise too_much from error
-                raise
             progress("start", 1, 1)
         while True:
             held = self.device.type == "cuda" and any(recorded.recordings for recorded in self._recorded)
@@ -278,7 +273,7 @@ class Engine:
             if held:  # CUDA graphs of earlier requests, of which the memory is free now
                 continue
             if plan is LEAN:
-                raise too_much
+                raise OutOfMemory(sentence)
             plan = LEAN
             log.warning("Memory ran out. Memory plan: %s", plan)
 
@@ -577,15 +572,22 @@ class Engine:
 
     def _decoded(self, latents: Tensor, plan: Plan, progress: Progress) -> Iterator[np.ndarray]:
         done = 0
-        try:
+        with _told("The device's memory ran out in decoding; ask for a smaller size."):
             for frames in self.vae.decode(latents, plan.chunk_pixels, self.release):
                 done += len(frames)
                 progress("decode", done, latents.shape[2])
                 yield frames
-        except (RuntimeError, MemoryError) as error:
-            if not memory.exhausted(error):
-                raise
-            raise OutOfMemory("The device's memory ran out in decoding; ask for a smaller size.") from error
+
+
+@contextlib.contextmanager
+def _told(sentence: str) -> Iterator[None]:
+    """Where memory runs out inside, OutOfMemory says this."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory.exhausted(error):
+            raise
+        raise OutOfMemory(sentence) from error
 
 
 def _enlarged(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

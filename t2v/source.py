@@ -50,18 +50,8 @@ def frames(path: Path, count: int, height: int, width: int, fps: int) -> Iterato
     if path.stat().st_size > MAX_BYTES:
         raise InvalidRequest(f"init_video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-protocol_whitelist", "file"]
-    command += [
-        "-timelimit",
-        str(MAX_SECONDS),
-        "-max_pixels",
-        str(MAX_PIXELS),
-        "-t",
-        str(math.ceil(count / fps) + 1),
-        "-f",
-        kind,
-        "-i",
-        f"file:{path}",
-    ]
+    command += ["-timelimit", str(MAX_SECONDS), "-max_pixels", str(MAX_PIXELS)]
+    command += ["-t", str(math.ceil(count / fps) + 1), "-f", kind, "-i", f"file:{path}"]
     # Cut before it is scaled: of a long thin picture the whole would be huge. Not to less than a pixel.
     cut = f"crop=max(1\\,min(iw\\,ih*{width}/{height})):max(1\\,min(ih\\,iw*{height}/{width})):exact=1"
     scale = f"{cut},scale={width}:{height}:flags=lanczos"

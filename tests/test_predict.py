@@ -125,6 +125,7 @@ def test_bad_input_is_refused_before_any_work_and_loses_nothing(predictor: Predi
         (RuntimeError("decoder broke at 0x7f0000"), True),
         (torch.AcceleratorError("CUDA error: invalid configuration argument"), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
 def test_a_failure_leaves_no_file_and_a_traceback_in_the_log_alone(

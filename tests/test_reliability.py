@@ -83,7 +83,8 @@ def test_a_dead_worker_is_answered_for_and_ends_the_server(how: signal.Signals, 
         assert answer["status"] == "failed" and answer["error"]
         assert doomed.process.wait(5) != 0
         log = doomed.log.read_text()
-        assert not doomed.files() and "Loaded on" in log and log.endswith("started anew.\n")
+        assert not doomed.files() and "The worker process died" in log
+        assert "Loaded on" in log and log.endswith("started anew.\n")
 
 
 # R2
