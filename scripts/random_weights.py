@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t2v.unet3d import UNet3D, UNet3DConfig  # noqa: E402
+from t2v.networks import empty  # noqa: E402
+from t2v.weights import NETWORKS  # noqa: E402
 
 UNET: dict[str, Any] = {
     "_class_name": "UNet3DConditionModel",
@@ -96,33 +95,27 @@ def main() -> None:
 
 def write(out: Path, seed: int = 0) -> None:
     """Write the folder; one network is in memory at a time, 2.8 GB at most."""
-    with torch.device("meta"):
-        unet = UNet3D(UNet3DConfig.from_dict(UNET))
-        vae = AutoencoderKL(**{k: v for k, v in VAE.items() if not k.startswith("_")})
-        text = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
     generator = torch.Generator().manual_seed(seed)
-    _network(out / "unet", "diffusion_pytorch_model", UNET, unet, "", generator)
-    _network(out / "vae", "diffusion_pytorch_model", VAE, vae, "", generator)
-    _network(out / "text_encoder", "model", TEXT, text, "text_model.", generator)
+    for network, config in {"unet": UNET, "vae": VAE, "text_encoder": TEXT}.items():
+        _network(out / network, config, empty(network, config), generator)
     _json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     shutil.copytree(ROOT / "weights" / "demo" / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     index = json.loads((ROOT / "weights" / "demo" / "model_index.json").read_text())
     _json(out / "model_index.json", {k: v for k, v in index.items() if not k.startswith("_t2v")})
 
 
-def _network(
-    folder: Path, stem: str, config: dict[str, Any], module: nn.Module, prefix: str, generator: torch.Generator
-) -> None:
+def _network(folder: Path, config: dict[str, Any], module: nn.Module, generator: torch.Generator) -> None:
     state = {}
+    prefix = "text_model." if folder.name == "text_encoder" else ""  # version 4 of transformers wants it
     for name, p in module.named_parameters():
         value = torch.empty(p.shape, dtype=torch.float16)
         scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.02
         value.normal_(0, scale, generator=generator)
         if p.ndim == 1 and name.endswith("weight"):  # of a norm
             value += 1
-        state[prefix + name.removeprefix(prefix)] = value
+        state[prefix + name] = value
     _json(folder / "config.json", config)
-    save_file(state, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / f"{NETWORKS[folder.name]}.safetensors", metadata={"format": "pt"})
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_world as world
-from t2v import weights
+from t2v import clip, weights
 from t2v.convert import COMPONENTS
 from t2v.sampler import Schedule
 from t2v.text import END, LENGTH, PAD, START, Text, load_tokenizer
@@ -132,7 +132,9 @@ def main() -> None:
     args.deadline = time.monotonic() + 60 * args.minutes
     torch.manual_seed(args.seed)
 
-    text = Text(load_tokenizer(str(args.tokenizer)), CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)))
+    encoder = clip.CLIPText(clip.CLIPTextConfig.from_dict(TEXT_CONFIG))
+    encoder.load_state_dict(CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)).state_dict())  # CLIP's own random start
+    text = Text(load_tokenizer(args.tokenizer), encoder)
     vae = AutoencoderKL(**VAE_CONFIG).to(args.device, memory_format=torch.channels_last)
     if args.init:
         adopt(args, "vae", "vae/diffusion_pytorch_model.safetensors")
@@ -276,7 +278,7 @@ def train_text(args: argparse.Namespace, text: Text) -> None:
         clips = [forget(world.random_clip(generator), 0.15, generator) for _ in range(64)]
         ids = text.tokenize([c.paraphrase(generator) for c in clips])
         ids = torch.stack([add_noise_words(row, generator) for row in ids]).to(args.device)
-        hidden = text.encoder(input_ids=ids).last_hidden_state
+        hidden = text.encoder(ids)
         logits = head(hidden).split(sizes, dim=-1)
         after = ((ids == END).cumsum(1) > 0).float()
         loss = torch.zeros((), device=args.device)
@@ -450,7 +452,7 @@ def export(args: argparse.Namespace, text: Text, vae: AutoencoderKL, scale: floa
         save_file(tensors, folder / file, metadata={"format": "pt"})
 
     # The text_model prefix lets transformers 4 load the encoder too; version 5 takes it with and without.
-    prefixed = {"text_model." + key.removeprefix("text_model."): v for key, v in text.encoder.state_dict().items()}
+    prefixed = {f"text_model.{key}": v for key, v in text.encoder.state_dict().items()}
     text_config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **TEXT_CONFIG}
     vae_config = {"_class_name": "AutoencoderKL", **VAE_CONFIG, "scaling_factor": scale}
     unet_config = {"_class_name": "UNet3DConditionModel", **UNET_CONFIG}

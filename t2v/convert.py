@@ -412,10 +412,7 @@ def _squeezed(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 def _shapes(network: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The parameters a config asks for, by the names both versions of transformers read."""
     prefix = "text_model." if network == "text_encoder" else ""
-    return {
-        prefix + key.removeprefix(prefix): tuple(value.shape)
-        for key, value in empty(network, config).state_dict().items()
-    }
+    return {prefix + key: tuple(value.shape) for key, value in empty(network, config).state_dict().items()}
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ class Engine:
         if wrong:
             raise WeightsError(" ".join(wrong))
         unet: UNet3D = networks["unet"]
-        text = Text(load_tokenizer(str(folder / "tokenizer")), networks["text_encoder"])
+        text = Text(load_tokenizer(folder / "tokenizer"), networks["text_encoder"])
         vae = VAE(networks["vae"])
         if (
             unet.config.in_channels != vae.channels
@@ -377,7 +377,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.text.encoder.device
+        return self.text.device
 
     def passes(self, request: Request) -> list["Pass"]:
         """What is done for the request, one after the other: one pass, or two where it is to be upscaled.

@@ -1,32 +1,47 @@
 """From a network's config, as diffusers and transformers write it, to the network, ready to be filled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from t2v import text, unet3d, vae
+from t2v.autoencoder import Autoencoder, AutoencoderConfig
+from t2v.clip import CLIPText, CLIPTextConfig
 from t2v.errors import WeightsError
+from t2v.unet3d import UNet3D, UNet3DConfig
 
-BUILD: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "unet": unet3d.build,
-    "text_encoder": text.build,
-    "vae": vae.build,
+BUILD: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "unet": lambda config: UNet3D(UNet3DConfig.from_dict(config)),
+    "text_encoder": lambda config: CLIPText(CLIPTextConfig.from_dict(config)),
+    "vae": lambda config: Autoencoder(AutoencoderConfig.from_dict(config)),
 }
 
 
-def empty(network: str, config: dict[str, Any]) -> nn.Module:
+def empty(network: str, config: Mapping[str, Any]) -> nn.Module:
     """The network of a `<network>/config.json`, its parameters on the meta device.
 
     Raises:
         WeightsError: the config describes none that is supported.
     """
-    from accelerate import init_empty_weights  # seconds, as the libraries of the networks themselves
-
     try:
-        with init_empty_weights():
+        with torch.device("meta"), Unfilled():
             return BUILD[network](config)
     except WeightsError:
         raise
-    except Exception as error:  # the libraries have their own kinds
+    except Exception as error:  # whatever torch says to sizes that make no sense
         raise WeightsError(f"{network}/config.json describes no network: {error}") from error
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out the random values that layers start with. On the meta device there are none, and to draw them there
+    all the same takes torch a second, for what it imports."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -1,28 +1,30 @@
 """Prompts -> context: CLIP's tokenizer and text encoder, with the token ids the original implementation makes.
 
-The original tokenizes with open_clip. transformers' tokenizer differs from it in two ways that change the picture: with
-this family's files it turns every `!` into the padding id, and it cleans the text less. So the text is cleaned here and
-padded here, and transformers only does the byte-pair encoding in between.
-
-transformers takes seconds to import, so that it is imported where it is used.
+The original tokenizes with open_clip. The tokenizers of CLIP's vocabulary that read this family's files as they stand
+differ from it in two ways that change the picture: they turn every `!` into the padding id, and clean the text less. So
+the text is cleaned and padded here, and the library does the byte-pair encoding in between.
 """
-
-from __future__ import annotations
 
 import html
 import logging
 import unicodedata
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
 
 import ftfy
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+from t2v.clip import CLIPText
+from t2v.errors import WeightsError
 
 LENGTH = 77
 START, END, PAD = 49406, 49407, 0
+
+# What CLIP encodes one by one: endings of English verbs and nouns, words, digits, and runs of anything else.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +33,22 @@ class Text:
     """Text encoder of the model.
 
     Args:
-        tokenizer: byte-pair encoder whose padding token is not `!` (see `load_tokenizer`).
-        encoder: its last hidden state, final layer norm applied, is the context. In this family the stored encoder
-            already lacks CLIP's last layer, so this is the penultimate one.
+        tokenizer: see `load_tokenizer`.
+        encoder: what it returns is the context. In this family the stored encoder already lacks CLIP's last layer, so
+            this is the penultimate one's.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel):
+    def __init__(self, tokenizer: Tokenizer, encoder: CLIPText):
         self.tokenizer = tokenizer
         self.encoder = encoder.eval()
 
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.final_layer_norm.weight.device
+
     def encode(self, prompts: list[str]) -> Tensor:
         """(n, 77, D) context of n prompts, on the encoder's device in its dtype."""
-        ids = self.tokenize(prompts).to(self.encoder.device)
-        return self.encoder(input_ids=ids).last_hidden_state
+        return self.encoder(self.tokenize(prompts).to(self.device))
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """(n, 77) int64 token ids: start, words, end, zeros.
@@ -53,7 +58,7 @@ class Text:
         """
         rows = torch.full((len(prompts), LENGTH), PAD, dtype=torch.int64)
         for row, prompt in zip(rows, prompts):
-            words = cast(list[int], self.tokenizer.encode(clean(prompt), add_special_tokens=False))
+            words = self.tokenizer.encode(clean(prompt)).ids
             if len(words) > LENGTH - 2:
                 log.warning("The prompt has %d tokens; only the first %d are used.", len(words), LENGTH - 2)
                 words = words[: LENGTH - 2]
@@ -64,23 +69,24 @@ class Text:
         return rows
 
 
-def build(config: dict[str, Any]) -> CLIPTextModel:
-    """The network of a transformers `text_encoder/config.json`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """CLIP's byte-pair encoder from a folder with vocab.json and merges.txt.
 
-    return CLIPTextModel(CLIPTextConfig.from_dict(config))
-
-
-def load_tokenizer(folder: str) -> CLIPTokenizer:
-    """CLIP's tokenizer from a folder with vocab.json and merges.txt.
-
-    The padding token is set to the end token: the files of this family name `!`, and a padding token is always encoded
-    as itself, so that every `!` of a prompt would vanish. Padding is done by `Text.tokenize`.
+    Raises:
+        WeightsError: the files are not such a vocabulary.
     """
-    from transformers import CLIPTokenizer
-
-    # Without a length of its own it does not warn about long prompts; `Text.tokenize` does, and says what was cut.
-    return CLIPTokenizer.from_pretrained(folder, pad_token="<|endoftext|>", model_max_length=10**9)
+    files = str(Path(folder) / "vocab.json"), str(Path(folder) / "merges.txt")
+    try:
+        tokenizer = Tokenizer(BPE.from_file(*files, unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    except Exception as error:  # the library raises nothing narrower
+        raise WeightsError(f"{folder} holds no vocabulary: {error}; download it again.") from error
+    # A word in the way of these two is one of them, as in the original.
+    tokenizer.add_special_tokens(
+        [AddedToken(word, normalized=False, special=True) for word in ("<|startoftext|>", "<|endoftext|>")]
+    )
+    words = Split(Regex(WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    return tokenizer
 
 
 def clean(prompt: str) -> str:

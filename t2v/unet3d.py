@@ -21,13 +21,14 @@ tells them apart: that part runs on a batch of one and broadcasts.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v.config import Config
 from t2v.errors import WeightsError
 from t2v.upsample import Upsample
 
@@ -51,8 +52,18 @@ GUIDANCE_EMBEDDING = 256
 
 
 @dataclass(frozen=True)
-class UNet3DConfig:
+class UNet3DConfig(Config):
     """Hyper-parameters of `UNet3D`; the defaults are the 1.7B model's."""
+
+    NETWORK = "unet"
+    FIXED = {
+        "act_fn": "silu",
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "time_cond_proj_dim": None,
+        "num_attention_heads": None,
+    }
+    OTHERS = frozenset({"sample_size"})
 
     in_channels: int = 4
     out_channels: int = 4
@@ -64,33 +75,6 @@ class UNet3DConfig:
     attention_head_dim: int = 64
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-
-    # Keys of a diffusers config that this network implements for one value only.
-    FIXED = {
-        "act_fn": "silu",
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "time_cond_proj_dim": None,
-        "num_attention_heads": None,
-    }
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "UNet3DConfig":
-        """Read a diffusers `unet/config.json`.
-
-        Keys it lacks keep their default; `sample_size` and private keys do not concern the network.
-
-        Raises:
-            WeightsError: the config asks for a variant of the network that is not implemented.
-        """
-        known = {f.name for f in fields(cls)}
-        for key, value in config.items():
-            if key in cls.FIXED and value != cls.FIXED[key]:
-                raise WeightsError(f"unet/config.json: {key} = {value!r} is not supported, only {cls.FIXED[key]!r}")
-            if key not in known and key not in cls.FIXED and key != "sample_size" and not key.startswith("_"):
-                raise WeightsError(f"unet/config.json: unknown key {key!r}; is this a text-to-video UNet3D?")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        return cls(**values)
 
     def __post_init__(self) -> None:
         down_ok = set(self.down_block_types) <= {"CrossAttnDownBlock3D", "DownBlock3D"}
@@ -208,11 +192,6 @@ class UNet3D(nn.Module):
 
         x = conv2d(self.conv_out, F.silu(frame_norm(self.conv_norm_out, x)))
         return x.permute(0, 4, 1, 2, 3)
-
-
-def build(config: dict[str, Any]) -> UNet3D:
-    """The network of a diffusers `unet/config.json`."""
-    return UNet3D(UNet3DConfig.from_dict(config))
 
 
 class Block(nn.Module):

@@ -1,24 +1,15 @@
-"""Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames.
-
-diffusers takes seconds to import, so that it is imported where it is used.
-"""
-
-from __future__ import annotations
+"""Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames; and back."""
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from t2v import memory
-from t2v.upsample import Upsample
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from t2v.autoencoder import Autoencoder
 
 # Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16.
 CHUNK_PIXELS = 2**19
@@ -38,17 +29,22 @@ class VAE:
         channels: of a latent.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL):
+    def __init__(self, autoencoder: Autoencoder):
         self.autoencoder = autoencoder.eval()
         config = autoencoder.config
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)
         self.channels: int = config.latent_channels
         self.scale: float = config.scaling_factor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The autoencoder's."""
+        return self.autoencoder.decoder.conv_out.weight.dtype
+
     def workspace(self, frames: int, height: int, width: int) -> int:
         """Bytes that decoding so many frames at once takes at its peak, beside the weights."""
         config = self.autoencoder.config
-        return PEAK * config.block_out_channels[0] * frames * height * width * self.autoencoder.dtype.itemsize
+        return PEAK * config.block_out_channels[0] * frames * height * width * self.dtype.itemsize
 
     def decode(
         self, latents: Tensor, chunk_pixels: int = CHUNK_PIXELS, release: Callable[[], None] | None = None
@@ -95,11 +91,11 @@ class VAE:
         """
         latents: list[Tensor] = []
         chunk: list[np.ndarray] = []
-        network = self.autoencoder
+        device = self.autoencoder.quant_conv.weight.device
 
         def encode() -> None:
-            x = torch.from_numpy(np.stack(chunk)).to(network.device).permute(0, 3, 1, 2)  # already channels last
-            means = network.encode((x.float() / 127.5 - 1).to(network.dtype), return_dict=False)[0].mode()
+            x = torch.from_numpy(np.stack(chunk)).to(device).permute(0, 3, 1, 2)  # already channels last
+            means = self.autoencoder.encode((x.float() / 127.5 - 1).to(self.dtype))
             latents.append(means.float() * self.scale)
             chunk.clear()
 
@@ -114,9 +110,8 @@ class VAE:
     @torch.inference_mode()
     def _decode(self, images: Tensor) -> Callable[[], np.ndarray]:
         """Start decoding; what it returns waits for the end."""
-        z = (images / self.scale).to(self.autoencoder.dtype).contiguous(memory_format=torch.channels_last)
-        pixels: Tensor = self.autoencoder.decode(z, return_dict=False)[0]
-        pixels = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        z = (images / self.scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        pixels = (self.autoencoder.decode(z).float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         pixels = pixels.permute(0, 2, 3, 1).contiguous().to("cpu", non_blocking=True)
         if not images.is_cuda:
             return pixels.numpy
@@ -128,15 +123,3 @@ class VAE:
             return pixels.numpy()
 
         return finish
-
-
-def build(config: dict[str, Any]) -> AutoencoderKL:
-    """The network of a diffusers `vae/config.json`, its decoder's upsamplers ours."""
-    from diffusers import AutoencoderKL
-    from diffusers.models.upsampling import Upsample2D
-
-    autoencoder = AutoencoderKL.from_config(config)
-    for name, module in list(autoencoder.decoder.named_modules()):
-        if isinstance(module, Upsample2D):
-            autoencoder.decoder.set_submodule(name, Upsample(module.channels, module.out_channels))
-    return autoencoder

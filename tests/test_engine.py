@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, TextToVideoSDPipeline, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    TextToVideoSDPipeline,
+    UniPCMultistepScheduler,
+)
 
 from conftest import DEMO, TINY_UNET
 from t2v import memory
@@ -405,11 +411,12 @@ def test_both_passes_are_looked_at_before_the_work(tiny: Engine, monkeypatch: py
         tiny.generate(small)
 
 
-def test_encoding_equals_the_diffusers_encoder_in_chunks_too(tiny: Engine):
+def test_encoding_equals_the_diffusers_encoder_in_chunks_too(tiny: Engine, tiny_folder: Path):
+    reference = AutoencoderKL.from_pretrained(tiny_folder / "vae")
     video = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
     with torch.inference_mode():
         x = torch.from_numpy(video).permute(0, 3, 1, 2).float() / 127.5 - 1
-        expected = tiny.vae.autoencoder.encode(x).latent_dist.mean * tiny.vae.scale
+        expected = reference.encode(x).latent_dist.mean * reference.config.scaling_factor
     for chunk in (2**19, 2 * 32 * 48):
         latents = tiny.vae.encode(iter(video), chunk)
         assert latents.shape == (1, 4, 5, 4, 6) and torch.allclose(latents[0].transpose(0, 1), expected, atol=1e-5)

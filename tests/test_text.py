@@ -1,11 +1,15 @@
 """Token ids are those of the original implementation, which tokenized with open_clip."""
 
 import logging
+import random
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2v.engine import Engine
+from t2v.errors import WeightsError
 from t2v.text import clean
 
 # Read off open_clip's tokenizer.
@@ -22,6 +26,22 @@ def test_golden_ids_padded_with_zero(tiny: Engine, prompt: str):
     words = GOLDEN[prompt]
     expected = [49406, *words, 49407] + [0] * (75 - len(words))
     assert tiny.text.tokenize([prompt]).tolist() == [expected]
+
+
+def test_words_are_split_as_the_library_of_the_reference_does(tiny: Engine, tiny_folder: Path):
+    reference = CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer", pad_token="<|endoftext|>")
+    draw = random.Random(0)
+    words = "it's they'd x_y -- 12 3.5 ½ ² !!! ' '' “ é ß α 日 😀 <|endoftext|> astronaut a\u0301 \u200b"
+    parts = [" ", *words.split(" ")]
+    for _ in range(300):
+        prompt = clean("".join(draw.choices(parts, k=8)))
+        assert tiny.text.tokenizer.encode(prompt).ids == reference.encode(prompt, add_special_tokens=False)
+
+
+def test_files_that_are_no_vocabulary(broken_copy: Path):
+    (broken_copy / "tokenizer" / "vocab.json").write_text("{}")
+    with pytest.raises(WeightsError, match="holds no vocabulary.*download it again"):
+        Engine.load(broken_copy, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -52,12 +72,12 @@ def test_long_prompts_are_cut_and_the_log_says_what(tiny: Engine, caplog: pytest
 
 
 @torch.inference_mode()
-def test_context_is_the_encoders_last_normalised_state(tiny: Engine):
+def test_context_is_the_encoders_last_normalised_state(tiny: Engine, tiny_folder: Path):
     context = tiny.text.encode(["", "a red circle"])
     assert context.shape == (2, 77, 16) and context.dtype == torch.float32
-    ids = tiny.text.tokenize(["", "a red circle"])
-    expected = tiny.text.encoder(input_ids=ids, output_hidden_states=True)
-    assert torch.equal(context, expected.last_hidden_state)
+    reference = CLIPTextModel.from_pretrained(tiny_folder / "text_encoder")
+    expected = reference(input_ids=tiny.text.tokenize(["", "a red circle"]), output_hidden_states=True)
+    assert torch.allclose(context, expected.last_hidden_state, atol=1e-5)
     assert not torch.allclose(context, expected.hidden_states[-1])  # before the final layer norm
 
 

@@ -1,15 +1,18 @@
+from pathlib import Path
+
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from t2v.engine import Engine
 
 
-def test_decodes_as_diffusers_does(tiny: Engine):
+def test_decodes_as_diffusers_does(tiny: Engine, tiny_folder: Path):
+    reference = AutoencoderKL.from_pretrained(tiny_folder / "vae")
     latents = torch.randn(1, 4, 3, 4, 6)
     frames = np.concatenate(list(tiny.vae.decode(latents)))
     with torch.inference_mode():
-        z = latents[0].transpose(0, 1) / tiny.vae.autoencoder.config.scaling_factor
-        pixels = tiny.vae.autoencoder.decode(z).sample
+        pixels = reference.decode(latents[0].transpose(0, 1) / reference.config.scaling_factor).sample
     expected = (pixels.permute(0, 2, 3, 1).numpy() * 0.5 + 0.5).clip(0, 1) * 255
     assert frames.dtype == np.uint8 and frames.shape == (3, 32, 48, 3)
     assert np.abs(frames - expected).max() <= 0.5 + 1e-3  # nearest value, not truncated

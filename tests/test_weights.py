@@ -94,7 +94,7 @@ def test_half_precision_files_with_infix(broken_copy: Path):
         path.unlink()
     engine = Engine.load(broken_copy, device="cpu")
     assert {p.dtype for p in engine.unet.parameters()} == {torch.float32}
-    assert engine.text.encoder.dtype == engine.vae.autoencoder.dtype == torch.float32
+    assert engine.text.encode([""]).dtype == engine.vae.dtype == torch.float32
 
 
 def test_text_encoder_keys_with_the_prefix_of_transformers_4(broken_copy: Path, tiny: Engine):
