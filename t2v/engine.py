@@ -164,6 +164,8 @@ class Engine:
         where, precision = _device(device), _dtype(dtype, device)
         if where.index is not None and where.type == "cuda":
             torch.cuda.set_device(where)  # where streams, events and graphs are made
+        if where.type == "cpu":
+            memory.keep()
         weights.check(folder, verify)
         index = weights.read_json(folder / "model_index.json")
         configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}

@@ -90,8 +90,7 @@ class Merged:
             self.unet.time_embedding.add_guidance()
         layers = dict(self.unet.named_modules())
         for name in self.lora.deltas:
-            weight = layers[name].weight
-            assert isinstance(weight, Tensor)
+            weight = weights.writable(layers[name])
             self.originals[name] = weight.detach().to("cpu", copy=True)
             delta = self.lora.delta(name, weight.device).view(weight.shape)
             weight.copy_(weight.float() + self.scale * delta)
@@ -104,9 +103,7 @@ class Merged:
         self.active = None
         layers = dict(self.unet.named_modules())
         for name, original in self.originals.items():
-            weight = layers[name].weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(original)
+            weights.writable(layers[name]).copy_(original)
         self.originals.clear()
         if COND_PROJ in self.lora.deltas:
             self.unet.time_embedding.cond_proj = None

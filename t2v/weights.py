@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from t2v.errors import WeightsError
 
@@ -42,6 +43,9 @@ PIPELINES = ("TextToVideoSDPipeline", "TextToVideoMSPipeline")
 INFIXES = ("", ".fp16")  # in the order of preference
 # The autoencoder's attention, as files of before diffusers 0.18 name it.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# Values from which on a tensor stays as its file has it, where that is exact. To widen it at every use is little beside
+# the use; to fill memory with the wide values at the start takes seconds.
+LARGE = 2**20
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -134,7 +138,8 @@ def digest(path: Path) -> str:
 def load(module: nn.Module, folder: Path, network: str, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a module whose parameters are on the meta device: every one from the file, every tensor of the file used.
 
-    Convolution weights end in channels-last memory, which the denoiser's and the decoder's activations have.
+    Convolution weights end in channels-last memory, which the denoiser's and the decoder's activations have. On the
+    CPU, large tensors of half-precision files stay what they are and are widened where they are used (see `Widened`).
 
     Raises:
         WeightsError: the file cannot be read, its tensors are not the module's, or they are not finite.
@@ -159,16 +164,49 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
     ]
     if wrong:
         raise WeightsError(f"{path} does not fit {network}/config.json: {some(wrong)}; download it again.")
+    kept = []
     for key, tensor in state.items():
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         memory_format = formats.get(tensor.ndim, torch.contiguous_format)
         if not finite(tensor, dtype):
             wrong.append(f"{key} holds values that are not finite in {dtype}")
-        state[key] = tensor.to(dtype=dtype, memory_format=memory_format)
+        exact = torch.promote_types(tensor.dtype, dtype) == dtype != tensor.dtype
+        if exact and tensor.numel() >= LARGE and device.type == "cpu":
+            kept.append(key)
+        state[key] = tensor.to(dtype=tensor.dtype if key in kept else dtype, memory_format=memory_format)
     if wrong:
         raise WeightsError(f"{path} is not usable: {some(wrong)}; download it again.")
     module.load_state_dict(state, strict=True, assign=True)
-    module.to(device).eval().requires_grad_(False)  # what is not in the file, CLIP's position ids, moves here
+    module.eval().requires_grad_(False)
+    for key in kept:
+        layer, _, name = key.rpartition(".")
+        owner, widened = module.get_submodule(layer), Widened(dtype)
+        if isinstance(owner, nn.Embedding):  # the rows that were looked up, not the whole table
+            owner.register_forward_hook(lambda owner, ids, rows, widened=widened: widened(rows))
+        else:
+            parametrize.register_parametrization(owner, name, widened, unsafe=True)
+
+
+class Widened(nn.Module):
+    """Makes of a parameter, whenever it is read, what is computed with: the same values in a wider dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, kept: Tensor) -> Tensor:
+        return kept.to(self.dtype)
+
+
+def writable(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter whose values can be changed: of what is widened at every use, the wide values from now on."""
+    if parametrize.is_parametrized(module, name):
+        value = getattr(module, name)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    parameter = getattr(module, name)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet3DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import TINY_UNET, reference_unet
 from t2v import lora as module
+from t2v import weights
 from t2v.engine import FAST_STEPS, Engine
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.graph import Graphs
@@ -282,6 +284,26 @@ def test_rules_of_the_presets(tiny: Engine, tiny_folder: Path, mcm_folder: Path,
         turbo.sampling(Request(guidance_scale=15))
     a, b = (turbo.denoised(Request("x", num_frames=1, seed=0, guidance_scale=w)) for w in (2, 14))
     assert not torch.equal(a, b)
+
+
+def test_weights_that_were_kept_in_half_precision_are_adapted_in_full(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "half"))
+    for path in folder.glob("*/*.safetensors"):
+        save_file({key: value.half() for key, value in load_file(path).items()}, path)
+    style = peft(tmp_path / "style", some_layers(network()))
+    x, context = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 77, TINY_UNET["cross_attention_dim"])
+    made = []
+    for large in (2**62, 1):
+        monkeypatch.setattr(weights, "LARGE", large)
+        engine = Engine.load(folder, "cpu", lora=str(style))
+        assert engine.merged is not None
+        made.append(engine.unet(x, 500, context))
+        engine.merged.undo()
+        made.append(engine.unet(x, 500, context))
+    adapted, plain = made[:2]
+    assert torch.equal(made[2], adapted) and torch.equal(made[3], plain) and not torch.equal(adapted, plain)
 
 
 def test_a_plain_lora_stays_in(tiny_folder: Path, tiny: Engine, tmp_path: Path):

@@ -5,6 +5,7 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from t2v import weights
 from t2v.engine import Engine
 from t2v.errors import WeightsError
+from t2v.request import Request
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -86,15 +88,58 @@ def test_networks_of_different_models(broken_copy: Path):
     load_error(broken_copy)
 
 
-def test_half_precision_files_with_infix(broken_copy: Path):
+@pytest.fixture
+def halved(broken_copy: Path) -> Path:
     """The published half-precision set: *.fp16.safetensors in every folder."""
     for path in broken_copy.glob("*/*.safetensors"):
         state = {k: v.half() for k, v in load_file(path).items()}
         save_file(state, path.with_name(f"{path.stem}.fp16.safetensors"), metadata={"format": "pt"})
         path.unlink()
-    engine = Engine.load(broken_copy, device="cpu")
+    return broken_copy
+
+
+def test_half_precision_files_with_infix(halved: Path):
+    engine = Engine.load(halved, device="cpu")
     assert {p.dtype for p in engine.unet.parameters()} == {torch.float32}
     assert engine.text.encode([""]).dtype == engine.vae.dtype == torch.float32
+
+
+def test_large_tensors_stay_as_they_are_and_compute_the_same(halved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights, "LARGE", 2**62)
+    eager = Engine.load(halved, device="cpu")
+    monkeypatch.setattr(weights, "LARGE", 200)
+    kept = Engine.load(halved, device="cpu")
+    for network in (kept.unet, kept.text.encoder, kept.vae.autoencoder):
+        sizes = {dtype: [p.numel() for p in network.parameters() if p.dtype == dtype] for dtype in weights.DTYPES}
+        assert min(sizes[torch.float16]) >= 200 > max(sizes[torch.float32])
+    request = Request("a circle", num_frames=3, num_inference_steps=3, seed=0)
+    start = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8).numpy()
+    for inputs in ({}, {"start": start}):
+        for record in (False, True):
+            if record:
+                kept.step.after = 0
+            expected, made = (np.concatenate(list(e.generate(request, **inputs))) for e in (eager, kept))
+            assert np.array_equal(made, expected)
+    assert kept.step.recordings
+
+
+def test_nothing_is_kept_where_that_would_not_be_exact(halved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights, "LARGE", 1)
+    engine = Engine.load(halved, device="cpu", dtype="bfloat16")
+    for network in (engine.unet, engine.text.encoder, engine.vae.autoencoder):
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_kept_can_be_made_writable(halved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights, "LARGE", 1)
+    layer = Engine.load(halved, device="cpu").unet.conv_in
+    before, x = layer.weight.clone(), torch.randn(1, 4, 3, 3)
+    expected = layer(x)
+    weight = weights.writable(layer)
+    assert weight is layer.weight is weights.writable(layer) and not weight.requires_grad
+    assert torch.equal(weight, before) and torch.equal(layer(x), expected)
+    weight.mul_(2)
+    assert torch.equal(layer.weight, 2 * before)
 
 
 def test_text_encoder_keys_with_the_prefix_of_transformers_4(broken_copy: Path, tiny: Engine):
