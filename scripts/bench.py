@@ -8,15 +8,17 @@
     python scripts/bench.py --model demo --steps 5 --profile
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
-`ours` is Engine and write_video; on CUDA both also with torch.compile. Beside every time stands the
-gate: the relative error of the final latents and the PSNR of the frames against stock; in half precision also the error
-of each arm against our float32. Prints a table, and one line of JSON last; fails where an arm does not pass the gate.
+`ours` is Engine and write_video; on CUDA both also with torch.compile. Each is a process of its own; they take turns.
+Beside every time stands the gate: the relative error of the final latents and the PSNR of the frames against stock; in
+half precision also the error of each arm against our float32. Prints a table, and one line of JSON last; fails where an
+arm does not pass the gate.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +59,90 @@ class Run:
     """
 
     seconds: dict[str, float]
-    latents: torch.Tensor = field(repr=False)
+    latents: np.ndarray = field(repr=False)
     frames: np.ndarray = field(repr=False)
 
 
 Arm = Callable[[Request], Run]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the arms have in common.
+
+    Attributes:
+        threads: of the CPU; None is torch's choice.
+        window: of the arm in windows.
+        warm: whether ours warms up first, as the server's setup does.
+    """
+
+    folder: Path
+    device: str
+    dtype: str = "auto"
+    threads: int | None = None
+    window: int | None = None
+    warm: bool = True
+
+    def arm(self, name: str) -> Arm:
+        """An arm in this process."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is what errors are measured against
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)
+        compiled = name.endswith("compiled")
+        if name.startswith("stock"):
+            return stock(self.folder, self.device, self.dtype, compiled)
+        window = self.window if name == WINDOWS else None
+        return ours(self.folder, self.device, self.dtype, compiled, window, self.warm)
+
+
+class Process:
+    """An arm in a process of its own, whose libraries, memory and settings are its own too."""
+
+    def __init__(self, name: str, setting: Setting):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, setting), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __call__(self, request: Request) -> Run:
+        return self._ask(request)
+
+    def peak_memory(self) -> float:
+        """GiB that the process has needed so far: on CUDA held by torch, else resident."""
+        return self._ask(None)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()
+        self.process.join()
+
+    def _ask(self, request: Request | None) -> Any:
+        try:
+            self.pipe.send(request)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            sys.exit(f"An arm ended with {self.process.exitcode}; what it said is above.")
+
+
+def _serve(pipe: Any, name: str, setting: Setting) -> None:
+    warnings.simplefilter("ignore")
+    arm = setting.arm(name)
+    cuda = setting.device.startswith("cuda")
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        if request:
+            pipe.send(arm(request))
+        else:  # what a CUDA graph runs in is not allocated, but reserved
+            pipe.send((torch.cuda.max_memory_reserved() if cuda else memory.peak(torch.device("cpu")) or 0) / 2**30)
 
 
 def ours(
@@ -97,7 +178,7 @@ def ours(
         marks.append(_now(device))
         text, denoise, rest = np.diff(marks)
         seconds = {"text": text, "denoise": denoise, "decode": rest, "encode": 0.0, "total": marks[-1] - marks[0]}
-        return Run(seconds | {"host": host}, latents.cpu(), np.concatenate(kept))
+        return Run(seconds | {"host": host}, latents.cpu().numpy(), np.concatenate(kept))
 
     return run
 
@@ -163,7 +244,7 @@ def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
             "total": ended - started,
             "host": host,
         }
-        return Run(seconds, final[0], (video * 255).round().astype(np.uint8))
+        return Run(seconds, final[0].float().numpy(), (video * 255).round().astype(np.uint8))
 
     return run
 
@@ -180,7 +261,7 @@ def _now(device: str) -> float:
 
 
 def compare(
-    arms: dict[str, Arm], request: Request, rounds: int, warmups: int, exact: torch.Tensor | None = None
+    arms: Mapping[str, Arm], request: Request, rounds: int, warmups: int, exact: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Interleaved rounds, the order turned round every time; seconds, ratios and the gate.
 
@@ -189,7 +270,7 @@ def compare(
     """
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     for i in range(warmups + rounds):
-        for name in list(arms) if i % 2 == 0 else list(reversed(arms)):
+        for name in list(arms)[:: 1 if i % 2 == 0 else -1]:
             run = arms[name](request)
             if i >= warmups:
                 runs[name].append(run)
@@ -203,18 +284,21 @@ def compare(
         if "stock" in runs and name != WINDOWS:  # in windows another video is made
             base = runs["stock"]
             ratios = [a.seconds["total"] / b.seconds["total"] for a, b in zip(base, made)]
-            latents, reference = made[0].latents.double(), base[0].latents.double()
             if exact is not None:
-                result[name]["error_to_float32"] = float((latents - exact).norm() / exact.norm())
+                result[name]["error_to_float32"] = _error(made[0].latents, exact)
             mse = np.square(made[0].frames.astype(float) - base[0].frames).mean()
             result[name] |= {
                 "times_as_fast": statistics.median(ratios),
-                "latents_error": float((latents - reference).norm() / reference.norm()),
+                "latents_error": _error(made[0].latents, base[0].latents),
                 "frames_psnr": float(10 * np.log10(255**2 / mse)) if mse else float("inf"),
             }
             if not name.startswith("ours") or request.num_frames <= MOST_AT_ONCE:
                 result[name]["gate"] = passes(result[name], result["stock"])
     return result
+
+
+def _error(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a.astype(float) - b) / np.linalg.norm(b.astype(float)))
 
 
 def passes(made: dict[str, float], stock: dict[str, float]) -> bool:
@@ -250,16 +334,6 @@ def stock_flops(folder: Path, request: Request) -> float:
         with FlopCounterMode(display=False) as counter:
             unet(x, 1, context)
     return float(counter.get_total_flops())
-
-
-def peak_memory(arm: str, args: argparse.Namespace, request: Request) -> float:
-    """GiB that one process needs for one video of one arm: on CUDA held by torch, else resident."""
-    program = [sys.executable, __file__, "--only", arm, "--model", args.model, "--device", args.device]
-    program += ["--dtype", args.dtype, "--frames", str(request.num_frames), "--steps", "2"]
-    program += ["--size", str(request.width)] if request.width else []
-    program += ["--window", str(args.window)] if args.window else []
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.split()[-1])
 
 
 # What a fresh process imports and does until the model is ready.
@@ -320,14 +394,8 @@ def main() -> None:
     parser.add_argument("--setup", action="store_true", help="time imports and loading only, against from_pretrained")
     parser.add_argument("--profile", action="store_true", help="where the time of each arm goes, by operation, instead")
     parser.add_argument("--arms", help="some of them only, such as: stock,ours")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # one video of one arm, then its peak memory
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what errors are measured against
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
     folder = ROOT / "weights" / args.model if args.model in ("demo", "ms-1.7b-random") else Path(args.model)
     if args.model == "ms-1.7b-random" and not folder.exists():
         subprocess.run([sys.executable, ROOT / "scripts" / "random_weights.py", folder], check=True)
@@ -337,19 +405,17 @@ def main() -> None:
         print(json.dumps({"model": args.model, "rounds": args.rounds, "setup": result}))
         return
 
-    mine = functools.partial(ours, folder, args.device, args.dtype, warm=not args.only)
-    makers: dict[str, Callable[[], Arm]] = {
-        "stock": lambda: stock(folder, args.device, args.dtype),
-        "ours": mine,
-    }
+    setting = Setting(folder, args.device, args.dtype, args.threads, args.window)
+    arms = ["stock", "ours"]
     if args.device.startswith("cuda"):
-        makers["stock, compiled"] = lambda: stock(folder, args.device, args.dtype, compiled=True)
-        makers["ours, compiled"] = functools.partial(mine, compiled=True)
-
+        arms += ["stock, compiled", "ours, compiled"]
     if args.window:
-        makers[WINDOWS] = functools.partial(mine, window=args.window)
+        arms.append(WINDOWS)
     if args.arms:
-        makers = {name: makers[name] for name in args.arms.split(",")}
+        chosen = args.arms.split(",")
+        if not set(chosen) <= set(arms):
+            parser.error(f"--arms: there are {', '.join(arms)} here, not {args.arms}")
+        arms = chosen
 
     def request(**change: int) -> Request:
         values = {"frames": args.frames, "steps": args.steps, "size": args.size} | change
@@ -362,49 +428,52 @@ def main() -> None:
             seed=0,
         )
 
-    if args.only:
-        makers[args.only]()(request())
-        if args.device.startswith("cuda"):
-            print(torch.cuda.max_memory_reserved() / 2**30)  # what a CUDA graph runs in is not allocated
-        else:
-            # Not getrusage: its maximum outlives exec(), and would be that of the process that started this one.
-            status = Path("/proc/self/status").read_text()
-            print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
-        return
-
     if args.profile:
-        for name, make in makers.items():
-            print(f"\n{name}\n{profile(make(), request(), args.device)}", flush=True)
+        for name in arms:
+            print(f"\n{name}\n{profile(setting.arm(name), request(), args.device)}", flush=True)
         return
 
     half = settled(args.dtype, args.device) != "float32"
     what, _, values = (args.sweep or f"frames={args.frames}").partition("=")
     requests = {int(value): request(**{what: int(value)}) for value in values.split(",")}
-    # Before this process fills the memory itself.
-    peaks = {value: {name: peak_memory(name, args, asked) for name in makers} for value, asked in requests.items()}
-    arms = {name: make() for name, make in makers.items()}
-    rows = []
+    # A fresh process for each: what it needs from its start on, loading included.
+    cold = dataclasses.replace(setting, warm=False)
+    peaks: dict[int, dict[str, float]] = {}
     for value, asked in requests.items():
-        exact = None
-        if half:
-            exact = ours(folder, args.device, "float32", warm=False)(asked).latents.double()
-            memory.release(torch.device(args.device))
-        row: dict[str, Any] = {what: value, **compare(arms, asked, args.rounds, args.warmups, exact)}
-        flops = stock_flops(folder, asked) * asked.num_inference_steps
+        peaks[value] = {}
         for name in arms:
-            row[name]["peak_memory_gib"] = peaks[value][name]
-            row[name]["stock_tflops_per_second"] = flops / row[name]["denoise"] / 1e12
+            with Process(name, cold) as process:
+                process(dataclasses.replace(asked, num_inference_steps=2))
+                peaks[value][name] = process.peak_memory()
+    rows = []
+    with contextlib.ExitStack() as stack:
+        exact = {}
+        if half:
+            with Process("ours", dataclasses.replace(cold, dtype="float32")) as process:
+                exact = {value: process(asked).latents for value, asked in requests.items()}
+        processes = {name: stack.enter_context(Process(name, setting)) for name in arms}
+        for value, asked in requests.items():
+            row: dict[str, Any] = {what: value}
+            row |= compare(processes, asked, args.rounds, args.warmups, exact.get(value))
+            flops = stock_flops(folder, asked) * asked.num_inference_steps
             peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in _device_name(args.device)), None)
-            row[name]["mfu"] = flops / row[name]["denoise"] / peak if peak else None
-        rows.append(row)
-        _table(row, what)
+            for name in arms:
+                row[name]["peak_memory_gib"] = peaks[value][name]
+                row[name]["stock_tflops_per_second"] = flops / row[name]["denoise"] / 1e12
+                row[name]["mfu"] = flops / row[name]["denoise"] / peak if peak else None
+            rows.append(row)
+            _table(row, what)
     fits = {name: fit([row[what] for row in rows], [row[name]["total"] for row in rows]) for name in arms}
     if len(rows) > 2:
         for name, found in fits.items():
             print(f"{name}: {found['base']:.3f} s + {found['slope']:.4f} s per {what}, R^2 {found['r2']:.5f}")
     if args.plot:
-        plot(Path(args.plot), rows, what, list(arms))
-    machine = {"device": _device_name(args.device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        plot(Path(args.plot), rows, what, arms)
+    machine = {
+        "device": _device_name(args.device),
+        "torch": torch.__version__,
+        "threads": args.threads or torch.get_num_threads(),
+    }
     asked_for = {"model": args.model, "steps": args.steps, "rounds": args.rounds}
     print(json.dumps(asked_for | machine | {"rows": rows, "fits": fits}))
     failed = [f"{name} at {what} = {row[what]}" for row in rows for name in arms if not row[name].get("gate", True)]

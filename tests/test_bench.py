@@ -12,8 +12,10 @@ REQUEST = Request("a red circle", num_frames=3, num_inference_steps=2, seed=0)
 
 
 def test_the_arms_make_the_same_video(tiny_folder: Path):
-    arms = {"stock": bench.stock(tiny_folder, "cpu", "auto"), "ours": bench.ours(tiny_folder, "cpu", "auto")}
-    result = bench.compare(arms, REQUEST, rounds=2, warmups=0)
+    setting = bench.Setting(tiny_folder, "cpu")
+    with bench.Process("stock", setting) as stock, bench.Process("ours", setting) as ours:
+        result = bench.compare({"stock": stock, "ours": ours}, REQUEST, rounds=2, warmups=0)
+        assert all(0.1 < arm.peak_memory() < 4 for arm in (stock, ours))
     assert result["ours"]["latents_error"] < 1e-4 and result["ours"]["frames_psnr"] > 60
     assert result["stock"]["gate"] and result["ours"]["gate"]
     for arm in result.values():
@@ -23,10 +25,16 @@ def test_the_arms_make_the_same_video(tiny_folder: Path):
 
 def test_another_video_does_not_pass(tiny_folder: Path):
     """Both arms are ours; one makes it with other noise."""
-    ours = bench.ours(tiny_folder, "cpu", "auto")
+    ours = bench.Setting(tiny_folder, "cpu").arm("ours")
     other = Request("a red circle", num_frames=3, num_inference_steps=2, seed=1)
     result = bench.compare({"stock": ours, "ours": lambda request: ours(other)}, REQUEST, rounds=1, warmups=0)
     assert not result["ours"]["gate"]
+
+
+def test_an_arm_that_fails_ends_the_run(tiny_folder: Path):
+    setting = bench.Setting(tiny_folder / "absent", "cpu")
+    with bench.Process("ours", setting) as ours, pytest.raises(SystemExit, match="An arm ended with 1"):
+        ours(REQUEST)
 
 
 @pytest.mark.parametrize("error, passes", [(1.0e-3, True), (1.09e-3, True), (1.2e-3, False), (float("nan"), False)])
