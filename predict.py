@@ -45,7 +45,6 @@ class Predictor(BasePredictor):
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("t2v").setLevel(logging.INFO)
         self.broken = False
-        memory.keep()  # before the worker's thread has a heap of its own
         self.worker = Worker()
         try:
             self.engine = self.worker.call(load)

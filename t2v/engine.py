@@ -48,7 +48,7 @@ class Plan:
 
     Attributes:
         rows: of the guided pair that the denoiser computes at once.
-        chunk_pixels: decoded at once, one frame at least.
+        chunk_pixels: decoded at once at most, but one frame at least.
     """
 
     rows: int
@@ -164,8 +164,6 @@ class Engine:
         where, precision = _device(device), _dtype(dtype, device)
         if where.index is not None and where.type == "cuda":
             torch.cuda.set_device(where)  # where streams, events and graphs are made
-        if where.type == "cpu":
-            memory.keep()
         weights.check(folder, verify)
         index = weights.read_json(folder / "model_index.json")
         configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}
@@ -416,7 +414,7 @@ class Engine:
         timeline, shape = self.timeline(request), self._shape(request)
         for plan in (USUAL, USUAL, LEAN):  # once more where there was something to release
             free = memory.free(self.device)
-            chunk = max(1, min(request.num_frames, plan.chunk_pixels // (height * width)))
+            chunk = min(request.num_frames, self.vae.at_once(height, width, plan.chunk_pixels))
             decoding = MARGIN * self.vae.workspace(chunk, height, width)
             denoising = MARGIN * self.unet.workspace(min(rows, plan.rows), (*shape[:2], timeline.size, *shape[3:]))
             # A CUDA graph keeps what it ran in, and the lean plan runs without.

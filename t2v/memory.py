@@ -28,13 +28,6 @@ SIGNS = (
 )
 
 
-# Parameters of glibc's malloc, as malloc.h numbers them: what is freed at the heap's end stays, however much; so do the
-# large blocks, which would each be a mapping of their own; and all threads share one heap, since those of others cannot
-# grow beyond 64 MB.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-POLICY = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
-
-
 def free(device: torch.device) -> int | None:
     """Bytes that can still be allocated; None where that cannot be told.
 
@@ -74,16 +67,6 @@ def trim() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep() -> None:
-    """Have malloc keep what is freed for the tensors to come, until `trim`. Else every large one is new memory, which
-    the kernel clears page by page. It holds for the process; threads that were there before may keep heaps of their
-    own."""
-    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
-        library = ctypes.CDLL(None)
-        for parameter, value in POLICY.items():
-            library.mallopt(parameter, value)
 
 
 def settle() -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from t2v import memory
 from t2v.autoencoder import Autoencoder
 
-# Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16.
+# Pixels decoded at once. At 256x256 eight frames; the largest activation is then some 270 MB in float16. On a CPU so
+# few that most activations are below the 32 MB from which on malloc maps new memory for each.
 CHUNK_PIXELS = 2**19
+CHUNK_PIXELS_CPU = 2**15
 
 # Values held at the decoder's peak for every pixel and channel of its last layers; counted: 6, and a copy that group
 # norm makes on a GPU, where it knows no channels-last memory.
@@ -37,9 +39,19 @@ class VAE:
         self.scale: float = config.scaling_factor
 
     @property
+    def device(self) -> torch.device:
+        return self.autoencoder.quant_conv.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The autoencoder's."""
         return self.autoencoder.decoder.conv_out.weight.dtype
+
+    def at_once(self, height: int, width: int, chunk_pixels: int = CHUNK_PIXELS) -> int:
+        """Frames of so many pixels that are decoded together."""
+        if self.device.type == "cpu":
+            chunk_pixels = min(chunk_pixels, CHUNK_PIXELS_CPU)
+        return max(1, chunk_pixels // (height * width))
 
     def workspace(self, frames: int, height: int, width: int) -> int:
         """Bytes that decoding so many frames at once takes at its peak, beside the weights."""
@@ -53,14 +65,14 @@ class VAE:
 
         Args:
             latents: (1, channels, F, h, w), any float dtype.
-            chunk_pixels: to decode at once, one frame at least.
+            chunk_pixels: to decode at once at most, but one frame at least.
             release: gives back what others hold, where memory runs out.
 
         Yields:
             (n, H, W, 3) uint8 RGB, F frames in all. Values are rounded to the nearest; the original truncated.
         """
         images = latents[0].transpose(0, 1)  # (F, channels, h, w)
-        size = max(1, chunk_pixels // (images.shape[-2] * images.shape[-1] * self.factor**2))
+        size = self.at_once(images.shape[-2] * self.factor, images.shape[-1] * self.factor, chunk_pixels)
         # On a GPU the next chunk is under way while the caller works on this one.
         ahead = 1 if images.is_cuda else 0
         started: deque[Callable[[], np.ndarray]] = deque()
@@ -87,21 +99,20 @@ class VAE:
     def encode(self, frames: Iterable[np.ndarray], chunk_pixels: int = CHUNK_PIXELS) -> Tensor:
         """(1, channels, F, h, w) float32 latents, the means of what the encoder gives, of (H, W, 3) uint8 RGB frames.
 
-        Frames are taken as they are encoded, `chunk_pixels` at a time.
+        Frames are taken as they are encoded, `chunk_pixels` at a time at most.
         """
         latents: list[Tensor] = []
         chunk: list[np.ndarray] = []
-        device = self.autoencoder.quant_conv.weight.device
 
         def encode() -> None:
-            x = torch.from_numpy(np.stack(chunk)).to(device).permute(0, 3, 1, 2)  # already channels last
+            x = torch.from_numpy(np.stack(chunk)).to(self.device).permute(0, 3, 1, 2)  # already channels last
             means = self.autoencoder.encode((x.float() / 127.5 - 1).to(self.dtype))
             latents.append(means.float() * self.scale)
             chunk.clear()
 
         for frame in frames:
             chunk.append(frame)
-            if len(chunk) * frame.shape[0] * frame.shape[1] >= chunk_pixels:
+            if len(chunk) == self.at_once(frame.shape[0], frame.shape[1], chunk_pixels):
                 encode()
         if chunk:
             encode()

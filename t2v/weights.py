@@ -43,9 +43,10 @@ PIPELINES = ("TextToVideoSDPipeline", "TextToVideoMSPipeline")
 INFIXES = ("", ".fp16")  # in the order of preference
 # The autoencoder's attention, as files of before diffusers 0.18 name it.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-# Values from which on a tensor stays as its file has it, where that is exact. To widen it at every use is little beside
-# the use; to fill memory with the wide values at the start takes seconds.
-LARGE = 2**20
+# Values of the tensors that stay as their file has them, where that is exact. To fill memory with the wide values of
+# all of them at the start takes seconds; to widen one at every use is little beside the use. Wide values of more than
+# 32 MB would each time be new memory, since glibc's malloc keeps no larger block.
+KEPT = range(2**20, 2**23)
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -139,7 +140,7 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
     """Fill a module whose parameters are on the meta device: every one from the file, every tensor of the file used.
 
     Convolution weights end in channels-last memory, which the denoiser's and the decoder's activations have. On the
-    CPU, large tensors of half-precision files stay what they are and are widened where they are used (see `Widened`).
+    CPU, most of a large half-precision file stays what it is and is widened where it is used (see `Widened`).
 
     Raises:
         WeightsError: the file cannot be read, its tensors are not the module's, or they are not finite.
@@ -171,7 +172,7 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
         if not finite(tensor, dtype):
             wrong.append(f"{key} holds values that are not finite in {dtype}")
         exact = torch.promote_types(tensor.dtype, dtype) == dtype != tensor.dtype
-        if exact and tensor.numel() >= LARGE and device.type == "cpu":
+        if exact and tensor.numel() in KEPT and device.type == "cpu":
             kept.append(key)
         state[key] = tensor.to(dtype=tensor.dtype if key in kept else dtype, memory_format=memory_format)
     if wrong:

@@ -1,15 +1,12 @@
 """Memory: how much is free, how much was used, whether it ran out."""
 
 import gc
-import subprocess
-import sys
 import weakref
 
 import psutil
 import pytest
 import torch
 
-from conftest import ROOT
 from t2v import memory
 
 CPU = torch.device("cpu")
@@ -48,40 +45,6 @@ def test_what_running_out_looks_like():
     for message in ("CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
         assert memory.exhausted(torch.AcceleratorError(message)), message
     assert not memory.exhausted(RuntimeError("shapes do not fit")) and not memory.exhausted(ValueError("bad_alloc"))
-
-
-def test_what_is_freed_is_kept_for_the_next_tensor_until_it_is_given_back():
-    """In a process of its own, whose policy it changes; in a thread that begins after that, as the server's."""
-    code = """
-import resource, threading, torch
-from t2v import memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(25_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-def resident():
-    memory.mark(torch.device("cpu"))
-    return memory.peak(torch.device("cpu"))
-
-def work():
-    assert min(faults() for _ in range(10)) > 20_000  # 24,400 pages
-    memory.keep()
-    threading.Thread(target=kept).start()
-
-def kept():
-    for _ in range(20):  # small things take the first places that are left
-        faults()
-    assert max(faults() for _ in range(5)) < 2_000
-    before = resident()
-    memory.trim()
-    assert before - resident() > 90e6
-
-work()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert not done.stderr
 
 
 def test_what_has_settled_is_looked_through_no_more_and_new_garbage_is():
