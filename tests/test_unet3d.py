@@ -90,6 +90,19 @@ def test_more_sequences_than_a_kernel_takes_are_attended_to_in_parts(monkeypatch
 
 
 @torch.inference_mode()
+def test_a_feed_forward_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch):
+    _, ours = both(TINY_UNET, torch.float64)
+    x, context = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64), torch.randn(2, 77, 16, dtype=torch.float64)
+    whole = ours(x, 7, context)
+    sizes = []
+    gelu = F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x: sizes.append(x.numel()) or gelu(x))
+    monkeypatch.setattr("t2v.unet3d.MOST_VALUES_CPU", 1000)
+    assert relative_error(ours(x, 7, context), whole) < FLOAT64
+    assert max(sizes) <= 1000 and len(set(sizes)) > 2
+
+
+@torch.inference_mode()
 def test_frame_order_and_text_matter():
     """Dead temporal layers or a dead cross-attention would pass many a test."""
     _, ours = both(TINY_UNET, torch.float64)
