@@ -8,9 +8,9 @@ sampler    schedules, update rules, guidance, the denoising loop
 vae        latents -> uint8 frames, in chunks, and back; autoencoder: the network for it
 source     a caller's picture or video -> frames
 video      uint8 frames -> file, verified
-upsample   twice the size, then a convolution; the denoiser and the autoencoder have it
+convolution  convolutions in fewer products, for the denoiser and the autoencoder
 graph      a function of tensors as a recording: a CUDA graph, or a trace
-memory     how much a device has left, and that it is kept; thread, watchdog: for the server's sake
+memory     how much a device has left; thread, watchdog: for the server's sake
 networks   from a config to an empty network; config: what they have in common
 lora       low-rank adaptations and few-step models, merged into the denoiser
 convert    other people's weights -> a model's folder

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.config import Config
+from t2v.convolution import Conv, Upsample
 from t2v.errors import WeightsError
-from t2v.upsample import Upsample
 
 EPS = 1e-6  # of every group norm
 
@@ -60,8 +60,8 @@ class Autoencoder(nn.Module):
         self.config = config
         c = config.latent_channels
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
-        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.quant_conv = Conv(2 * c, 2 * c, 1)
+        self.post_quant_conv = Conv(c, c, 1)
         self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.in_channels, widths[0], 3)
         self.down_blocks = nn.ModuleList(
             Level(c_in, c_out, config.layers_per_block, groups) for c_in, c_out in pairwise((widths[0], *widths))
         )
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
             level.downsamplers = nn.ModuleList([Downsample(c)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_channels, H, W) -> (n, 2 latent_channels, h, w): means and logarithms of variances."""
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.latent_channels, widths[0], 3)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
             Level(c_in, c_out, config.layers_per_block + 1, groups) for c_in, c_out in pairwise((widths[0], *widths))
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         for level, c in zip(self.up_blocks, widths[:-1]):
             level.upsamplers = nn.ModuleList([Upsample(c)])
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], config.out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         """(n, latent_channels, h, w) -> (n, out_channels, H, W)."""
@@ -150,10 +150,10 @@ class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv(c_in, c_out, 3)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv2 = Conv(c_out, c_out, 3)
+        self.conv_shortcut = Conv(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, h, w) -> (n, c_out, h, w)."""

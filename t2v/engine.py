@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2v import memory, weights
+from t2v.convolution import fold
 from t2v.errors import InvalidRequest, OutOfMemory, WeightsError
 from t2v.graph import Function, Graphs, Pace
 from t2v.lora import Merged, parse, read
@@ -24,7 +25,6 @@ from t2v.sampler import FewStep, Schedule, Solver, denoise, guided, update
 from t2v.text import Text, load_tokenizer
 from t2v.timeline import Timeline
 from t2v.unet3d import UNet3D
-from t2v.upsample import fold
 from t2v.vae import CHUNK_PIXELS, VAE
 
 Progress = Callable[[str, int, int], None]
@@ -164,6 +164,8 @@ class Engine:
         where, precision = _device(device), _dtype(dtype, device)
         if where.index is not None and where.type == "cuda":
             torch.cuda.set_device(where)  # where streams, events and graphs are made
+        if where.type == "cpu":
+            memory.keep()
         weights.check(folder, verify)
         index = weights.read_json(folder / "model_index.json")
         configs = {network: weights.read_json(folder / network / "config.json") for network in weights.NETWORKS}

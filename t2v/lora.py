@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from t2v import pickles, weights
 from t2v.convert import renamed, unet_table
+from t2v.convolution import fold
 from t2v.errors import WeightsError
 from t2v.sampler import MCM, TURBO, FewStep
 from t2v.unet3d import GUIDANCE_EMBEDDING, TemporalConv, UNet3D
-from t2v.upsample import fold
 
 COND_PROJ = "time_embedding.cond_proj"
 # diffusers' order of the denoiser's parts; the middle comes last but one.

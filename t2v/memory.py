@@ -26,18 +26,27 @@ SIGNS = (
     "CUDA error: out of memory",
     "ALLOC_FAILED",
 )
+# Bytes that malloc may hold on to while the tensors of a request come and go.
+HELD = 2**28
+# Parameters of glibc's malloc, as malloc.h numbers them. So much of what is freed at the heap's end stays; blocks below
+# 32 MB come from the heap, as they would after the first of that size; and all threads share one heap, since those of
+# others cannot grow beyond 64 MB.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+POLICY = {M_TRIM_THRESHOLD: HELD, M_MMAP_THRESHOLD: 2**25, M_ARENA_MAX: 1}
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where that cannot be told.
+    """Bytes that tensors can still take; None where that cannot be told.
 
-    On the CPU the lesser of what the machine has available and what the container may use. A limit of address space
-    (`ulimit -v`) is not counted: of what malloc keeps mapped, most can be used again, and nobody knows how much.
+    On the CPU the lesser of what the machine has available and what the container may use, but for `HELD`. A limit of
+    address space (`ulimit -v`) is not counted: of what malloc keeps mapped, most can be used again, and nobody knows
+    how much.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    return min(_limits(), default=None)
+    left = min(_limits(), default=None)
+    return None if left is None else max(0, left - HELD)
 
 
 def exhausted(error: BaseException) -> bool:
@@ -67,6 +76,16 @@ def trim() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep() -> None:
+    """Have malloc keep `HELD` bytes of what is freed for the tensors to come, until `trim`; else they are new memory
+    time and again, which the kernel clears page by page. It holds for the process; threads that were there before may
+    keep heaps of their own."""
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
+        library = ctypes.CDLL(None)
+        for parameter, value in POLICY.items():
+            library.mallopt(parameter, value)
 
 
 def settle() -> None:

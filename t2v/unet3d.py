@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.config import Config
+from t2v.convolution import Conv, Upsample, convolve
 from t2v.errors import WeightsError
-from t2v.upsample import Upsample
 
 # For every residual block its timestep's term, (b or 1, c); for every spatial transformer the text's keys and values,
 # each (b, heads, n, head_dim).
@@ -262,17 +262,6 @@ class MidBlock(nn.Module):
         x = self.temp_convs[0](self.resnets[0](x, signals))
         x = self.temp_attentions[0](self.attentions[0](x, signals))
         return self.temp_convs[1](self.resnets[1](x, signals))
-
-
-class Conv(nn.Conv2d):
-    """3x3 or 1x1 convolution that keeps the size of the map."""
-
-    def __init__(self, c_in: int, c_out: int, kernel_size: int):
-        super().__init__(c_in, c_out, kernel_size, padding=kernel_size // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, c_in, h, w) -> (n, c_out, h, w), channels last."""
-        return convolve(x, self.weight, self.bias)
 
 
 class ResBlock(nn.Module):
@@ -518,22 +507,6 @@ def unframes(y: Tensor, b: int) -> Tensor:
 def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a 2D convolution to every frame of (b, F, h, w, c)."""
     return unframes(conv(frames(x)), x.shape[0])
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution that keeps the size of the map, everything channels last.
-
-    For maps of no more pixels than output channels the CPU's library spends more time on rearranging the weights than
-    on the convolution; there it is one matrix product with the patches, which takes the weights as they are.
-    """
-    n, _, h, w = x.shape
-    c_out, _, height, width = weight.shape
-    if x.device.type != "cpu" or n * h * w > c_out:
-        return F.conv2d(x, weight, bias, padding=(height // 2, width // 2))
-    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, width // 2, width // 2, height // 2, height // 2))
-    patches = rows.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3).reshape(n * h * w, -1)
-    y = F.linear(patches, weight.permute(0, 2, 3, 1).reshape(c_out, -1), bias)
-    return y.view(n, h, w, c_out).permute(0, 3, 1, 2)
 
 
 def frame_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ ALLOWED = {
     "config": {"errors"},
     "clip": {"config", "errors"},
     "text": {"clip", "errors"},
-    "unet3d": {"config", "errors", "upsample"},
-    "upsample": set(),
-    "autoencoder": {"config", "errors", "upsample"},
+    "unet3d": {"config", "errors", "convolution"},
+    "convolution": set(),
+    "autoencoder": {"config", "errors", "convolution"},
     "sampler": {"errors"},
     "graph": {"memory"},
     "weights": {"errors"},
@@ -32,7 +32,7 @@ ALLOWED = {
     "networks": {"autoencoder", "clip", "errors", "unet3d"},
     "pickles": {"errors"},
     "convert": {"errors", "networks", "pickles", "unet3d", "weights"},
-    "lora": {"errors", "convert", "pickles", "sampler", "unet3d", "upsample", "weights"},
+    "lora": {"errors", "convert", "pickles", "sampler", "unet3d", "convolution", "weights"},
     "engine": set(PACKAGE) - {"video", "source", "convert", "pickles", "engine"},
 }
 

@@ -7,8 +7,8 @@ from diffusers import AutoencoderKL
 from conftest import randomise
 from random_weights import VAE
 from t2v.autoencoder import Autoencoder, AutoencoderConfig
+from t2v.convolution import fold
 from t2v.errors import WeightsError
-from t2v.upsample import fold
 
 TWO_LEVELS = {
     "block_out_channels": (8, 16),
