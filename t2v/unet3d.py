@@ -11,8 +11,8 @@ Activations live in one layout from end to end: `(b, F, h, w, c)`, contiguous, c
 - a temporal convolution is a 2D convolution with a (3, 1) kernel over an image of F rows and h*w columns,
 - every linear layer and layer norm works on the last axis,
 
-all of them as views. The only copies are the gather of q, k, v for temporal attention, where frames have to become the
-sequence axis, and its inverse.
+all of them as views. The only copies are those of a temporal transformer, in which the frames have to be the sequence:
+one where it begins, one where it ends.
 
 Nothing is computed twice. The keys and values of the text serve all frames and all steps, and what the timesteps add
 does not depend on the latents: a request computes both once (`UNet3D.condition`, `UNet3D.moments`), and a step (`run`)
@@ -349,7 +349,8 @@ class SpatialTransformer(nn.Module):
         """x (b, F, h, w, c), or (1, ...) for all rows of the text -> (b, F, h, w, c)."""
         block = self.transformer_blocks[0]
         h = self.proj_in(frame_norm(self.norm, x))
-        h = h + block.attn1.within_frames(block.norm1(h))
+        tokens = block.norm1(h).flatten(0, 1).flatten(1, 2)  # (b*F, h*w, width)
+        h = h + block.attn1.to_itself(tokens).view(h.shape)
         h = h + block.attn2.to_text(block.norm2(h), *signals[self])
         h = h + block.ff(block.norm3(h))
         return x + self.proj_out(h)
@@ -368,12 +369,14 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, F, h, w, c) -> (b, F, h, w, c)."""
+        b, frames, height, width, c = x.shape
         block = self.transformer_blocks[0]
-        h = self.proj_in(video_norm(self.norm, x))
-        h = h + block.attn1.along_frames(block.norm1(h))
-        h = h + block.attn2.along_frames(block.norm2(h))
+        pixels = video_norm(self.norm, x).flatten(2, 3).transpose(1, 2).contiguous()  # (b, h*w, F, c)
+        h = self.proj_in(pixels.flatten(0, 1))
+        h = h + block.attn1.to_itself(block.norm1(h))
+        h = h + block.attn2.to_itself(block.norm2(h))
         h = h + block.ff(block.norm3(h))
-        return x + self.proj_out(h)
+        return x + self.proj_out(h).view(b, height, width, frames, c).permute(0, 3, 1, 2, 4)
 
 
 class TransformerBlock(nn.Module):
@@ -390,7 +393,7 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; the three methods differ in which axis is the sequence."""
+    """Multi-head attention."""
 
     def __init__(self, c: int, heads: int, context_dim: int):
         super().__init__()
@@ -400,24 +403,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, c, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
-    def within_frames(self, x: Tensor) -> Tensor:
-        """Every pixel attends to the pixels of its frame. (b, F, h, w, c) -> same."""
-        tokens = x.flatten(0, 1).flatten(1, 2)  # (b*F, h*w, c)
-        q, k, v = (self.split(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](self.attend(q, k, v)).view(x.shape)
+    def to_itself(self, x: Tensor) -> Tensor:
+        """All of a sequence attend to each other. (n, l, c) -> same."""
+        q, k, v = (self.split(project(x)) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](self.attend(q, k, v))
 
     def to_text(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every pixel of every frame attends to the text: x (b, F, h, w, c), or (1, ...) for all b rows of k and v."""
         q = self.to_q(x.flatten(1, 3)).expand(k.shape[0], -1, -1)
         return self.to_out[0](self.attend(self.split(q), k, v)).view(-1, *x.shape[1:])
-
-    def along_frames(self, x: Tensor) -> Tensor:
-        """Every pixel attends to itself in all frames. (b, F, h, w, c) -> same."""
-        b, frames, h, w, c = x.shape
-        sequences = x.flatten(2, 3).transpose(1, 2).reshape(b * h * w, frames, c)
-        q, k, v = (self.split(project(sequences)) for project in (self.to_q, self.to_k, self.to_v))
-        y = self.to_out[0](self.attend(q, k, v))
-        return y.view(b, h, w, frames, c).permute(0, 3, 1, 2, 4)
 
     def split(self, y: Tensor) -> Tensor:
         """(n, l, c) -> (n, heads, l, head_dim)."""
