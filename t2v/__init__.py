@@ -8,7 +8,7 @@ sampler    schedules, update rules, guidance, the denoising loop
 vae        latents -> uint8 frames, in chunks, and back; autoencoder: the network for it
 source     a caller's picture or video -> frames
 video      uint8 frames -> file, verified
-convolution  convolutions in fewer products, for the denoiser and the autoencoder
+convolution of maps in fewer products than it is written with; the denoiser and the autoencoder have it
 graph      a function of tensors as a recording: a CUDA graph, or a trace
 memory     how much a device has left; thread, watchdog: for the server's sake
 networks   from a config to an empty network; config: what they have in common
