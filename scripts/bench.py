@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from t2v import memory  # noqa: E402
 from t2v.engine import MOST_AT_ONCE, Engine  # noqa: E402
 from t2v.request import Request  # noqa: E402
-from t2v.video import write_video  # noqa: E402
+from t2v.media.encode import write_video  # noqa: E402
 
 PROMPT = "a red circle moving right on a black background"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision

@@ -75,8 +75,8 @@ def generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from t2v.engine import Engine
-    from t2v.source import frames
-    from t2v.video import write_video
+    from t2v.media.decode import frames
+    from t2v.media.encode import write_video
 
     engine = Engine.load(args.weights, args.device, args.dtype, lora=args.lora, upscaler=args.upscaler)
     print(f"Model: {engine.describe()}")

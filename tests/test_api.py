@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openapi_schema
 import pytest
 import requests
 import yaml
 
-import openapi_schema
 from conftest import ROOT
 from serving import Server, serve
 

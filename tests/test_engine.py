@@ -24,10 +24,10 @@ from t2v.convolution import fold
 from t2v.engine import LEAN, USUAL, Engine, Sampling
 from t2v.errors import InvalidRequest, OutOfMemory, WeightsError
 from t2v.graph import Function
+from t2v.media.encode import write_video
 from t2v.request import Request
 from t2v.sampler import MCM, update
 from t2v.unet3d import UNet3D, UNet3DConfig
-from t2v.video import write_video
 
 
 def frames(engine: Engine, **inputs) -> np.ndarray:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from t2v.video import VideoInfo, read_video
+from t2v.media.encode import VideoInfo, read_video
 
 PROGRAM = """
 import resource, sys
 from t2v.engine import Engine
 from t2v.request import Request
-from t2v.video import write_video
+from t2v.media.encode import write_video
 from pathlib import Path
 engine = Engine.load(sys.argv[1], device="cpu")
 assert sum(p.numel() for p in engine.unet.parameters()) == 1_411_233_860 and engine.native_size == (256, 256)

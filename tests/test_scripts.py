@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_demo
 from conftest import DEMO, ROOT
 from t2v.engine import Engine
-from t2v.video import VideoInfo, read_metadata, read_video, write_video
+from t2v.media.encode import VideoInfo, read_metadata, read_video, write_video
 
 
 def run(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

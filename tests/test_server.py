@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import requests
 
-import openapi_schema
 from conftest import ROOT
 from serving import Server, saved, serve
-from t2v.video import VideoInfo, read_metadata
+from t2v.media.encode import VideoInfo, read_metadata
+from t2v.serving.schema import document
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
 
@@ -36,7 +36,7 @@ def video(answer: dict[str, Any], path: Path) -> tuple[VideoInfo, np.ndarray]:
 def test_it_is_ready_and_serves_its_schema(server: Server):
     assert server.health()["status"] == "READY"
     served = requests.get(f"{server.url}/openapi.json", timeout=10).json()
-    expected = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", served["info"]["version"])
+    expected = document((ROOT / "predict.py").read_text(), "Predictor", served["info"]["version"])
     assert served["components"]["schemas"]["Input"] == expected["components"]["schemas"]["Input"]
 
 
@@ -185,9 +185,9 @@ def test_a_video_can_start_from_another_one(server: Server, tmp_path: Path):
 @pytest.mark.parametrize(
     "sent, sentence",
     [
-        ("/etc/hostname", "init_video must be an http, https or data address, or a file sent along"),
-        ("file:///etc/hostname", "init_video must be an http, https or data address, or a file sent along"),
-        ("data:video/mp4;base64,bm8gdmlkZW8=", "init_video is of no known kind; send MP4"),
+        ("/etc/hostname", "init_video must be an http, https or data URL, or an uploaded file"),
+        ("file:///etc/hostname", "init_video must be an http, https or data URL, or an uploaded file"),
+        ("data:video/mp4;base64,bm8gdmlkZW8=", "init_video has an unknown format; send an MP4"),
     ],
 )
 def test_files_of_the_server_and_what_is_no_video_are_refused(server: Server, sent: str, sentence: str):

@@ -1,19 +1,15 @@
-"""Write the OpenAPI document of predict.py, as `cog build` would, so that a server without Docker validates its inputs.
+"""The OpenAPI document of a predictor, as `cog build` writes it, so that a server without Docker validates its inputs.
 
-    python scripts/openapi_schema.py [--predictor predict.py:Predictor] [--out .cog/openapi_schema.json]
-
-Like cog's own generator this one reads the source and runs none of it. Where cog's would silently lose a limit or a
-default that is not a literal, this one stops with an error.
+Like Cog's generator (pkg/schema/python in its repository) this one parses the source and runs none of it. Where Cog's
+would silently lose a limit or default that is not a literal, this one raises an error.
 """
 
-import argparse
 import ast
 import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 TYPES = {
     "str": {"type": "string"},
     "int": {"type": "integer"},
@@ -25,16 +21,30 @@ LIMITS = {"ge": "minimum", "le": "maximum", "min_length": "minLength", "max_leng
 
 
 class NotStatic(Exception):
-    """The source holds something that cog's generator would not understand."""
+    """The source contains something that Cog's generator would not understand."""
+
+
+def write_schema(predictor: Path, class_name: str, path: Path) -> None:
+    """Write the document of the predictor's source file to `path`; Cog's server reads .cog/openapi_schema.json.
+
+    Raises:
+        NotStatic: see `document`.
+    """
+    schema = document(predictor.read_text(), class_name, version("cog"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(schema, separators=(",", ":")) + "\n")
 
 
 def document(source: str, class_name: str, cog_version: str) -> dict[str, Any]:
     """The OpenAPI 3.0.2 document of a predictor's source.
 
     Raises:
-        NotStatic: an input is not a keyword-only `Input(...)` of literals, or a type is not one of `TYPES`.
+        NotStatic: an input is not an `Input(...)` of literal keywords, nor the attribute of a class in the same source
+            that is one; or a type is not one of `TYPES`.
     """
-    method = _method(ast.parse(source), class_name)
+    tree = ast.parse(source)
+    attributes = _input_attributes(tree)
+    method = _method(tree, class_name)
     arguments = method.args.args[1:]
     if len(method.args.defaults) != len(arguments) and arguments:
         first_default = len(arguments) - len(method.args.defaults)
@@ -45,7 +55,7 @@ def document(source: str, class_name: str, cog_version: str) -> dict[str, Any]:
     for order, (argument, call) in enumerate(zip(arguments, method.args.defaults)):
         name = argument.arg
         kind, optional = _type(name, argument.annotation)
-        given = _keywords(name, call)
+        given = _keywords(name, attributes.get(ast.unparse(call), call))
         if "default" not in given and not optional:
             required.append(name)
         properties[name], enum = _property(name, kind, optional, given, order)
@@ -60,13 +70,28 @@ def document(source: str, class_name: str, cog_version: str) -> dict[str, Any]:
     return schema
 
 
+def _input_attributes(tree: ast.Module) -> dict[str, ast.expr]:
+    """The class attributes that are `Input(...)`, by their names as in "Inputs.prompt"."""
+    attributes: dict[str, ast.expr] = {}
+    for owner in tree.body:
+        if not isinstance(owner, ast.ClassDef):
+            continue
+        for item in owner.body:
+            match item:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="Input")) as call):
+                    attributes[f"{owner.name}.{name}"] = call
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.Call(func=ast.Name(id="Input")) as call):
+                    attributes[f"{owner.name}.{name}"] = call
+    return attributes
+
+
 def _method(tree: ast.Module, class_name: str) -> ast.FunctionDef:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name in ("predict", "run"):
                     return item
-    raise NotStatic(f"no class {class_name} with a predict() or run() method")
+    raise NotStatic(f"there is no class {class_name} with a predict() or run() method")
 
 
 def _type(name: str, annotation: ast.expr | None) -> tuple[str, bool]:
@@ -81,7 +106,7 @@ def _type(name: str, annotation: ast.expr | None) -> tuple[str, bool]:
 
 
 def _output(annotation: ast.expr | None) -> dict[str, Any]:
-    """The schema of what `-> T` or `-> Iterator[T]` returns."""
+    """The schema of the output type, T or Iterator[T]."""
     match annotation:
         case ast.Subscript(value=ast.Name(id="Iterator"), slice=item):
             return {"type": "array", "items": _output(item), "x-cog-array-type": "iterator"}
@@ -105,7 +130,7 @@ def _keywords(name: str, call: ast.expr) -> dict[str, Any]:
 def _property(
     name: str, kind: str, optional: bool, given: dict[str, Any], order: int
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The schema of one input, and of its enumeration if it has choices."""
+    """The schema of one input, and that of its enumeration if it has choices."""
     entry: dict[str, Any] = {}
     if "default" in given:
         entry["default"] = given["default"]
@@ -208,19 +233,3 @@ def _document(
             "/predictions/{prediction_id}/cancel": {"post": cancel},
         },
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--predictor", default=f"{ROOT / 'predict.py'}:Predictor", help="file:class")
-    parser.add_argument("--out", type=Path, default=ROOT / ".cog" / "openapi_schema.json")
-    args = parser.parse_args()
-    file, _, class_name = args.predictor.rpartition(":")
-    schema = document(Path(file).read_text(), class_name, version("cog"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(schema, separators=(",", ":")) + "\n")
-    print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

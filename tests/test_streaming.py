@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import requests
 
-import openapi_schema
 from conftest import ROOT
 from serving import Server, saved, serve
-from t2v.video import VideoInfo, read_metadata
+from t2v.media.encode import VideoInfo, read_metadata
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_inference_steps": 8, "seed": 0}
 
@@ -22,7 +21,7 @@ QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_infere
 @pytest.fixture(scope="module")
 def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("streaming") / "server"
-    with serve(folder, tiny_folder, stub="predict_stream.py:StreamingPredictor") as running:
+    with serve(folder, tiny_folder, stub="predict.py:StreamingPredictor") as running:
         yield running
 
 
@@ -44,29 +43,10 @@ def events(server: Server, **inputs: Any) -> Iterator[tuple[str, dict[str, Any]]
                 yield kind, json.loads(value)
 
 
-def test_the_inputs_are_those_of_the_plain_predictor():
-    plain = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "")
-    streaming = openapi_schema.document((ROOT / "predict_stream.py").read_text(), "StreamingPredictor", "")
-    properties = streaming["components"]["schemas"]["Input"]["properties"]
-    previews = properties.pop("previews")
-    assert (previews["default"], previews["minimum"], previews["maximum"]) == (4, 0, 20)
-    assert properties == plain["components"]["schemas"]["Input"]["properties"]
-    output = streaming["components"]["schemas"].pop("Output")
-    assert output == {
-        "title": "Output",
-        "type": "array",
-        "items": {"type": "string", "format": "uri"},
-        "x-cog-array-type": "iterator",
-    }
-    assert streaming["paths"]["/predictions"]["post"].pop("x-cog-streaming") is True
-    del plain["components"]["schemas"]["Output"]
-    assert streaming["paths"] == plain["paths"]
-
-
-def test_previews_come_while_it_works_and_the_video_last(server: Server, tmp_path: Path):
-    told = list(events(server, previews=3))
-    chunks = [data["chunk"] for kind, data in told if kind == "output"]
-    assert told[-1][0] == "completed" and told[-1][1]["status"] == "succeeded"
+def test_previews_precede_the_video(server: Server, tmp_path: Path):
+    seen = list(events(server, previews=3))
+    chunks = [data["chunk"] for kind, data in seen if kind == "output"]
+    assert seen[-1][0] == "completed" and seen[-1][1]["status"] == "succeeded"
     assert len(chunks) == 4
     videos = [saved(chunk, tmp_path / f"{i}.mp4") for i, chunk in enumerate(chunks)]
     assert all(info == VideoInfo(10, 32, 32, 8) for info, _ in videos)
@@ -75,27 +55,27 @@ def test_previews_come_while_it_works_and_the_video_last(server: Server, tmp_pat
     assert away[2] < away[0]
 
 
-def test_a_preview_is_there_before_the_last_step(server: Server):
-    told = []
+def test_a_preview_arrives_before_the_last_step(server: Server):
+    seen = []
     for kind, data in events(server, previews=1, num_inference_steps=100, num_frames=16):
-        told.append("preview" if kind == "output" else data.get("data", kind))
-    assert told.index("preview") < next(i for i, text in enumerate(told) if "100/100" in text)
+        seen.append("preview" if kind == "output" else data.get("data", kind))
+    assert seen.index("preview") < next(i for i, text in enumerate(seen) if "100/100" in text)
 
 
 @pytest.mark.parametrize("previews", [0, 20])
-def test_as_many_previews_as_asked_for_and_there_are_steps(server: Server, previews: int):
+def test_number_of_previews_is_limited_by_the_steps(server: Server, previews: int):
     answer = server.predict(input=QUICK | {"previews": previews}).json()
     assert answer["status"] == "succeeded", answer
     assert len(answer["output"]) == min(previews, 7) + 1  # without events it is a list
     assert answer["metrics"]["frames"] == 10
 
 
-def test_a_refusal_is_a_sentence_here_too(server: Server):
-    told = list(events(server, width=100))
-    assert "width must be a multiple of 8" in told[-1][1]["error"]
+def test_an_invalid_input_is_refused_in_a_sentence(server: Server):
+    seen = list(events(server, width=100))
+    assert "width must be a multiple of 8" in seen[-1][1]["error"]
 
 
-def test_who_goes_away_between_previews_frees_the_server(server: Server):
+def test_closing_the_stream_between_previews_frees_the_server(server: Server):
     reader = events(server, previews=20, num_inference_steps=500, num_frames=64)
     while next(reader)[0] != "output":
         pass

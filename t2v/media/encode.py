@@ -1,4 +1,4 @@
-"""uint8 frames -> a playable file, and proof that it is one. This module knows no tensors and no models."""
+"""uint8 frames -> a video file, which is decoded again to verify it."""
 
 import contextlib
 import json
@@ -16,13 +16,13 @@ import numpy as np
 from t2v.errors import VideoError
 
 CRF = 18  # constant rate factor: 18 is visually lossless, 0 lossless, 51 worst
-MAX_TAG = 1000  # characters of the prompt kept in the file; a command line argument may not grow without bound
-ENCODER_TIMEOUT = 120  # seconds the encoder may take after the last frame before it is killed
+MAX_TAG = 1000  # characters of a text in the metadata, because they pass through a command line
+ENCODER_TIMEOUT = 120  # seconds that the encoder has after the last frame
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a written file was found to hold when it was read back."""
+    """Properties of a video file, as a decoder finds them."""
 
     frames: int
     width: int
@@ -33,22 +33,22 @@ class VideoInfo:
 def write_video(
     path: Path, chunks: Iterable[np.ndarray], fps: int, metadata: dict[str, Any], crf: int = CRF
 ) -> VideoInfo:
-    """Encode frames as they come, then read the file back.
+    """Encode frames as they arrive, then decode the file to verify it.
 
-    Exact size, exact frame rate (of a GIF, whose unit is a hundredth of a second, the nearest that it can say). MP4:
-    H.264, yuv420p, BT.709, +faststart. WebM: VP9, yuv420p, BT.709. GIF: 256 colours in every frame, made for it (one
-    palette for all would keep all frames in memory); it loops for ever, and holds no metadata.
+    The size and frame rate are exact; a GIF, whose unit is 0.01 s, gets the nearest rate. MP4: H.264, yuv420p, BT.709,
+    +faststart. WebM: VP9, yuv420p, BT.709. GIF: a palette of 256 colours for every frame (one palette for all would
+    keep all frames in memory), an endless loop, no metadata.
 
     Args:
-        path: of the file to write, ending in .mp4, .webm or .gif; whatever stands there is replaced.
+        path: of the file, ending in .mp4, .webm or .gif; an existing file is replaced.
         chunks: (n, H, W, 3) uint8 RGB arrays of one H x W, both even.
         fps: frames per second.
-        metadata: JSON values. `prompt` becomes the title; all of it, prompt cleaned by `clean_tag`, the comment.
+        metadata: JSON values. Texts are cleaned by `clean_tag`; `prompt` becomes the title, everything the comment.
         crf: constant rate factor of MP4 and WebM, 1 to 51.
 
     Raises:
-        VideoError: there were no frames, or the file is not what was to be written (disk full, encoder killed). No file
-            is left behind; nor is one if `chunks` raises or the call is cancelled.
+        VideoError: there were no frames, or the file cannot be decoded as it should (disk full, encoder killed). No
+            file is left, also if `chunks` raises or the call is stopped.
     """
     writer = None
     count = 0
@@ -66,21 +66,21 @@ def write_video(
             raise VideoError("There are no frames to write.")
         writer.close()
         return _verify(path, VideoInfo(count, *size, fps))
-    except BaseException as error:  # also a cancellation, which is no Exception
+    except BaseException as error:  # being stopped, which is no Exception, must leave no file either
         if writer is not None:
             _kill(writer)
         path.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # write_frames reports a dead encoder so, with its whole command line
+        if isinstance(error, OSError):  # a dead encoder; the message holds its complete command line
             reason = str(error).split("\n", 1)[0]
             raise VideoError(f"The video encoder stopped after {count} frames: {reason}") from error
         raise
 
 
 def read_video(path: Path) -> tuple[VideoInfo, np.ndarray]:
-    """What the file holds, and its frames (F, H, W, 3) uint8 RGB.
+    """Decode a file; returns its properties and its frames (F, H, W, 3) uint8 RGB.
 
     Raises:
-        VideoError: it cannot be decoded.
+        VideoError: the file cannot be decoded.
     """
     try:
         reader = imageio_ffmpeg.read_frames(str(path))
@@ -98,13 +98,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata `write_video` put into the file."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    # Lines of key=value, in which a backslash escapes = ; # \\ and the newline.
+    # The format is lines of key=value; a backslash escapes = ; # \\ and the newline.
     comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     return json.loads(re.sub(r"\\(.)", r"\1", comment[1], flags=re.DOTALL)) if comment else {}
 
 
 def clean_tag(text: str) -> str:
-    """The text without control, bidi-override and unpaired surrogate characters, white space squeezed, cut to 1,000
+    """The text without control, direction and unpaired surrogate characters, with single spaces, cut to 1,000
     characters."""
     kept = (c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn") else " " for c in text)
     return " ".join("".join(kept).split())[:MAX_TAG]
@@ -119,7 +119,7 @@ def _options(suffix: str, fps: int, metadata: dict[str, Any], crf: int) -> dict[
         ".gif": ("gif", ["-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1", "-loop", "0"]),
     }[suffix]
     if codec != "gif":
-        # Without a stated matrix ffmpeg converts by BT.601 and players of large videos read BT.709: colours shift.
+        # Unless the matrix is stated, ffmpeg converts by BT.601 and players of large videos assume BT.709.
         params += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
         params += ["-color_primaries", "bt709", "-color_trc", "bt709"]
     params += ["-metadata", f"title={tags.get('prompt', '')}", "-metadata", f"comment={comment}"]
@@ -137,7 +137,7 @@ def _options(suffix: str, fps: int, metadata: dict[str, Any], crf: int) -> dict[
 
 
 def _verify(path: Path, expected: VideoInfo) -> VideoInfo:
-    """Decode the file, keeping no frame of it: ffmpeg prints its size, its time base and a line for each frame."""
+    """Decode the file without keeping frames: ffmpeg prints its size, its time base and one line per frame."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path), "-f", "framecrc", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=ENCODER_TIMEOUT)
     size = re.search(r"^#dimensions 0: (\d+)x(\d+)$", done.stdout, re.MULTILINE)
@@ -148,11 +148,11 @@ def _verify(path: Path, expected: VideoInfo) -> VideoInfo:
     fps = expected.fps if path.suffix == ".gif" else int(tick[2]) / int(tick[1])
     found = VideoInfo(frames, int(size[1]), int(size[2]), fps)
     if found != expected:
-        raise VideoError(f"The written video is not as it should be: {found}, expected {expected}. Is the disk full?")
+        raise VideoError(f"The written video has {found}, expected {expected}. Is the disk full?")
     return found
 
 
 def _kill(writer: Any) -> None:
-    """End the encoder now; closing would wait for it to finish the file."""
-    with contextlib.suppress(BaseException):  # the generator has ended, by this or before
+    """End the encoder at once; closing it would wait until the file is finished."""
+    with contextlib.suppress(BaseException):  # raised again by the generator, which ends with it
         writer.throw(KeyboardInterrupt)

@@ -1,17 +1,16 @@
-"""The generated schema is the one `cog build` emits, and it promises what predict.py and request.py hold."""
+"""The generated schema equals the one `cog build` emits, and agrees with predict.py and `Request`."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
 
-import openapi_schema
 from conftest import ROOT
 from t2v.errors import InvalidRequest
-from t2v.request import BOUNDS, CHOICES, Request
+from t2v.request import INIT_VIDEO, INPUTS, Request
+from t2v.serving.schema import NotStatic, document
 
-# The predictor for which tests/golden/cog_openapi_example.json was emitted by cog's own generator.
+# The predictor for which Cog's own generator wrote tests/golden/cog_openapi_example.json.
 EXAMPLE = """
 from cog import BasePredictor, Input, Path
 
@@ -31,14 +30,17 @@ class Predictor(BasePredictor):
 """
 
 
+def schemas(class_name: str = "Predictor") -> dict:
+    return document((ROOT / "predict.py").read_text(), class_name, "0.23.1")["components"]["schemas"]
+
+
 def inputs() -> dict:
-    document = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "0.23.1")
-    return document["components"]["schemas"]["Input"]
+    return schemas()["Input"]
 
 
 def test_equals_what_cog_build_emits():
-    golden = json.loads((Path(__file__).parent / "golden" / "cog_openapi_example.json").read_text())
-    ours = openapi_schema.document(EXAMPLE, "Predictor", "dev")
+    golden = json.loads((ROOT / "tests" / "golden" / "cog_openapi_example.json").read_text())
+    ours = document(EXAMPLE, "Predictor", "dev")
     assert ours == golden
     ours_input, golden_input = (d["components"]["schemas"]["Input"]["properties"] for d in (ours, golden))
     assert json.dumps(ours_input) == json.dumps(golden_input)  # the order of the keys too
@@ -74,23 +76,44 @@ def test_every_default_and_limit_of_the_inputs():
     assert "required" not in inputs()
 
 
-def test_request_holds_the_same_defaults_and_limits():
-    choices = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "")["components"]["schemas"]
-    for name, entry in inputs()["properties"].items():
-        if "minimum" in entry:
-            assert BOUNDS[name] == (entry["minimum"], entry["maximum"])
-        if "allOf" in entry:
-            assert list(CHOICES[name]) == choices[name]["enum"]
-        if name not in ("seed", "init_video"):
-            assert getattr(Request(), name) == entry["default"]
+def test_cogs_inputs_are_the_fields_of_a_request():
+    """Default, kind, limits, choices and description of each."""
+    kinds = {"text": "string", "integer": "integer", "number": "number", "boolean": "boolean", "file": "string"}
+    properties, enums = inputs()["properties"], schemas()
+    assert set(properties) == {*INPUTS, "init_video"}
+    for name, spec in {**INPUTS, "init_video": INIT_VIDEO}.items():
+        entry = properties[name]
+        choices = enums[name] if spec.choices else {"type": entry.get("type"), "enum": []}
+        assert entry["description"] == spec.description
+        assert choices["type"] == kinds[spec.kind] and tuple(choices["enum"]) == spec.choices
+        assert (entry.get("minimum"), entry.get("maximum")) == (spec.low, spec.high)
+        assert entry.get("nullable", False) == spec.optional
+        assert entry["default"] == (None if name in ("seed", "init_video") else getattr(Request(), name))
+        assert len(spec.description) < 100 and not spec.description.endswith(".")
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in BOUNDS if n not in ("guidance_scale", "width", "height", "window", "strength")]
-)
+def test_the_streaming_predictor_has_the_same_inputs_and_previews():
+    streaming = schemas("StreamingPredictor")
+    previews = streaming["Input"]["properties"].pop("previews")
+    assert (previews["default"], previews["minimum"], previews["maximum"]) == (4, 0, 20)
+    output = streaming.pop("Output")
+    assert output == {
+        "title": "Output",
+        "type": "array",
+        "items": {"type": "string", "format": "uri"},
+        "x-cog-array-type": "iterator",
+    }
+    plain = schemas()
+    del plain["Output"]
+    assert streaming == plain
+    paths = document((ROOT / "predict.py").read_text(), "StreamingPredictor", "0.23.1")["paths"]
+    assert paths["/predictions"]["post"]["x-cog-streaming"] is True
+
+
+@pytest.mark.parametrize("name", [name for name, spec in INPUTS.items() if spec.kind == "integer"])
 def test_schema_and_request_agree_at_the_limits(name: str):
-    low, high = BOUNDS[name]
-    for value in (low - 1, low, high, high + 1, 1.5, "16", True):
+    low, high = INPUTS[name].low, INPUTS[name].high
+    for value in (low - 1, low, high, high + 1, low + 0.5, "16", True):
         try:
             jsonschema.validate({name: value}, inputs())
             by_schema = True
@@ -104,6 +127,17 @@ def test_schema_and_request_agree_at_the_limits(name: str):
         assert by_schema == by_request, value
 
 
+def test_a_class_attribute_means_the_same_as_an_input_in_the_signature():
+    call = 'Input(default="a cat", description="Text prompt")'
+    attribute = EXAMPLE.replace(call, "Inputs.prompt").replace(
+        "class Predictor", f"class Inputs:\n    prompt = {call}\n\n\nclass Predictor"
+    )
+    assert "prompt: str = Inputs.prompt" in attribute
+    assert document(attribute, "Predictor", "dev") == document(EXAMPLE, "Predictor", "dev")
+    with pytest.raises(NotStatic, match=r"prompt: the default is Inputs\.text"):
+        document(attribute.replace("= Inputs.prompt", "= Inputs.text"), "Predictor", "dev")
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [
@@ -115,7 +149,7 @@ def test_schema_and_request_agree_at_the_limits(name: str):
         (("guidance_scale: float", "guidance_scale: Literal[1]"), "guidance_scale is annotated with"),
     ],
 )
-def test_what_cog_would_lose_silently_is_an_error(change: tuple[str, str], complaint: str):
+def test_a_limit_that_cog_would_silently_lose_is_an_error(change: tuple[str, str], complaint: str):
     assert change[0] in EXAMPLE
-    with pytest.raises(openapi_schema.NotStatic, match=complaint):
-        openapi_schema.document(EXAMPLE.replace(*change), "Predictor", "dev")
+    with pytest.raises(NotStatic, match=complaint):
+        document(EXAMPLE.replace(*change), "Predictor", "dev")

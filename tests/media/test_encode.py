@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from t2v.errors import VideoError
-from t2v.video import VideoInfo, clean_tag, read_metadata, read_video, write_video
+from t2v.media.encode import VideoInfo, clean_tag, read_metadata, read_video, write_video
 
 COLOURS = [(225, 30, 30), (20, 165, 40), (30, 80, 235), (255, 255, 255), (128, 128, 128), (0, 0, 0)]
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from t2v import watchdog
+from t2v.serving import watchdog
 
 
 def test_without_a_server_there_is_nothing_to_watch(tmp_path: Path):
