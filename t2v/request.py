@@ -84,7 +84,7 @@ class InputSpec:
             unit = f" ({self.unit})" if self.unit else ""
             wanted = f"{'a whole' if whole else 'a'} number from {self.low} to {self.high}{unit}"
             raise InvalidRequest(f"{name} must be {wanted}, not {_shown(value)}.")
-        if value % self.multiple_of:
+        if whole and value % self.multiple_of:
             nearest = max(self.low, round(value / self.multiple_of) * self.multiple_of)
             raise InvalidRequest(f"{name} must be a multiple of {self.multiple_of}; {value} is not, {nearest} is.")
         return int(value) if whole else float(value)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import original
 from conftest import ROOT
 from t2v import convert as module
+from t2v.cli import MALLOC
 from t2v.convert import convert
 from t2v.engine import Engine
 from t2v.errors import WeightsError
@@ -294,19 +295,18 @@ def test_a_full_disk(source: Path, tmp_path: Path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21));"
-        "sys.path.insert(0, 'scripts'); import convert_weights; convert_weights.main()"
+        "from t2v.cli import main; main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, source, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, "weights", "convert", source, tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | MALLOC, capture_output=True, text=True)
     assert done.returncode == 1 and "Is the disk full?" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_the_script(source: Path, tmp_path: Path):
-    script = [ROOT / "scripts" / "convert_weights", source, tmp_path / "out", "--dtype", "float32"]
-    done = subprocess.run(script, capture_output=True, text=True)
+def test_the_command(source: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "t2v", "weights", "convert", source, tmp_path / "out", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "T2V_WEIGHTS" in done.stdout, done.stderr
-    again = subprocess.run(script, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
     assert Engine.load(tmp_path / "out", device="cpu", verify=True).native_size == (256, 256)

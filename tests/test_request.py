@@ -66,6 +66,10 @@ def test_a_missing_seed_is_drawn_and_kept():
     assert len(seeds) > 15 and all(isinstance(s, int) and 0 <= s <= MAX_SEED for s in seeds)
 
 
+def test_numbers_may_have_fractions():
+    assert (Request(strength=0.6).strength, Request(guidance_scale=7.5).guidance_scale) == (0.6, 7.5)
+
+
 def test_the_limits_are_inclusive():
     Request(
         prompt="a" * MAX_PROMPT, num_frames=1, num_inference_steps=500, fps=60, seed=MAX_SEED, width=1024, height=16

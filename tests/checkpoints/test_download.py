@@ -1,4 +1,4 @@
-"""The script against a server that speaks the Hub's protocol on 127.0.0.1, and is not always well."""
+"""`t2v weights download` against a server on 127.0.0.1 that speaks the Hub's protocol, and has faults on demand."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from t2v.cli import MALLOC
 from t2v.engine import Engine
 
 REVISION = "8227dddca75a8561bf858d604cc5dae52b954d01"
@@ -121,11 +122,12 @@ def manifest(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def run(hub: Hub, manifest: Path, folder: Path, *options: str | Path, code: str = "") -> subprocess.CompletedProcess:
-    program = [sys.executable, "-c", code] if code else [sys.executable, ROOT / "scripts" / "download_weights.py"]
+    program = [sys.executable, "-c", f"{code}from t2v.cli import main; main()"]
+    arguments = ["weights", "download", folder, "--model", manifest, *options]
     home = {"HF_HOME": str(manifest.parent / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment = os.environ | home | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+    environment = os.environ | MALLOC | home | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
     return subprocess.run(
-        [*program, folder, "--model", manifest, *options],
+        [*program, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -134,7 +136,7 @@ def run(hub: Hub, manifest: Path, folder: Path, *options: str | Path, code: str 
     )
 
 
-def test_a_whole_folder_that_loads(hub: Hub, manifest: Path, tmp_path: Path):
+def test_the_downloaded_folder_loads(hub: Hub, manifest: Path, tmp_path: Path):
     done = run(hub, manifest, tmp_path / "out")
     assert done.returncode == 0 and "T2V_WEIGHTS=" in done.stdout and "CC-BY-NC" in done.stdout, done.stderr
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / ".cache").exists()
@@ -144,13 +146,15 @@ def test_a_whole_folder_that_loads(hub: Hub, manifest: Path, tmp_path: Path):
     assert not hub.served, "nothing is fetched twice"
 
 
-def test_the_second_repository_is_asked_where_the_first_is_gone(hub: Hub, manifest: Path, tmp_path: Path):
+def test_the_second_repository_serves_if_the_first_is_gone(hub: Hub, manifest: Path, tmp_path: Path):
     hub.repository = SECOND
     done = run(hub, manifest, tmp_path / "out")
     assert done.returncode == 0 and (tmp_path / "out" / UNET).is_file(), done.stderr
 
 
-def test_a_cut_transfer_goes_on_where_it_stopped(hub: Hub, manifest: Path, tmp_path: Path, tiny_folder: Path):
+def test_an_interrupted_transfer_continues_where_it_stopped(
+    hub: Hub, manifest: Path, tmp_path: Path, tiny_folder: Path
+):
     """A file of more than the 10 MB in which the Hub's client writes."""
     hub.folder = Path(shutil.copytree(tiny_folder, tmp_path / "served"))
     large = hub.folder / "large.safetensors"
@@ -164,7 +168,7 @@ def test_a_cut_transfer_goes_on_where_it_stopped(hub: Hub, manifest: Path, tmp_p
     assert hub.ranges == {large.name} and (tmp_path / "out" / large.name).read_bytes() == large.read_bytes()
 
 
-def test_a_wrong_byte(hub: Hub, manifest: Path, tmp_path: Path):
+def test_a_wrong_byte_is_noticed_and_good_files_are_kept(hub: Hub, manifest: Path, tmp_path: Path):
     hub.spoilt = {UNET}
     done = run(hub, manifest, tmp_path / "out")
     assert done.returncode == 1 and f"{UNET} is damaged" in done.stderr and "Traceback" not in done.stderr
@@ -175,37 +179,35 @@ def test_a_wrong_byte(hub: Hub, manifest: Path, tmp_path: Path):
     assert "vae/diffusion_pytorch_model.safetensors" not in hub.served, "what was good is kept"
 
 
-def test_a_missing_file(hub: Hub, manifest: Path, tmp_path: Path):
+def test_a_missing_file_is_named(hub: Hub, manifest: Path, tmp_path: Path):
     hub.absent = {"tokenizer/merges.txt"}
     done = run(hub, manifest, tmp_path / "out")
     assert done.returncode == 1 and "tokenizer/merges.txt could not be fetched" in done.stderr
     assert "run this again" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_no_server(hub: Hub, manifest: Path, tmp_path: Path):
+def test_an_unreachable_server_is_reported(hub: Hub, manifest: Path, tmp_path: Path):
     hub.shutdown()
     hub.server_close()
     code = (  # without the Hub client's half a minute of pauses
         "import time; time.sleep = lambda seconds: None;"
-        "import sys; sys.path.insert(0, 'scripts'); import download_weights; download_weights.main()"
     )
     done = run(hub, manifest, tmp_path / "out", code=code)
     assert done.returncode == 1 and "could not be fetched" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_full_disk(hub: Hub, manifest: Path, tmp_path: Path):
+def test_a_full_disk_is_reported(hub: Hub, manifest: Path, tmp_path: Path):
     """With a limit on the size of a file."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20));"
-        "sys.path.insert(0, 'scripts'); import download_weights; download_weights.main()"
     )
     done = run(hub, manifest, tmp_path / "out", code=code)
     assert done.returncode == 1 and "could not be written" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_too_little_space_is_told_before(hub: Hub, manifest: Path, tmp_path: Path):
+def test_too_little_space_is_noticed_before_the_download(hub: Hub, manifest: Path, tmp_path: Path):
     content = json.loads(manifest.read_text())
     content["files"][UNET]["bytes"] = 10**18
     manifest.write_text(json.dumps(content))
@@ -225,14 +227,14 @@ def test_a_damaged_folder_is_repaired(hub: Hub, manifest: Path, tmp_path: Path):
     Engine.load(tmp_path / "out", device="cpu", verify=True)
 
 
-def test_from_a_folder(hub: Hub, manifest: Path, tmp_path: Path, tiny_folder: Path):
+def test_files_can_be_copied_from_a_folder(hub: Hub, manifest: Path, tmp_path: Path, tiny_folder: Path):
     done = run(hub, manifest, tmp_path / "out", "--from", tiny_folder)
     assert done.returncode == 0 and not hub.served, done.stderr
     done = run(hub, manifest, tmp_path / "other", "--from", tmp_path)
     assert done.returncode == 1 and "has no" in done.stderr and not (tmp_path / "other").exists()
 
 
-def test_files_without_a_known_digest_are_held_to_the_servers(hub: Hub, manifest: Path, tmp_path: Path):
+def test_files_without_a_known_digest_are_checked_against_the_servers(hub: Hub, manifest: Path, tmp_path: Path):
     """As ModelScope's own, whose manifest has names only."""
     content = json.loads(manifest.read_text())
     content["files"] = {name: {} for name in content["files"]}
@@ -245,7 +247,7 @@ def test_files_without_a_known_digest_are_held_to_the_servers(hub: Hub, manifest
 
 
 @pytest.mark.parametrize("name", ["ms-1.7b", "original"])
-def test_the_manifests_shipped(name: str):
+def test_the_shipped_manifests_are_complete(name: str):
     content = json.loads((ROOT / "weights" / "manifests" / f"{name}.json").read_text())
     assert [repository.split("/")[0] for repository in content["repositories"]] == ["damo-vilab", "ali-vilab"]
     if name == "ms-1.7b":
