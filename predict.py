@@ -26,8 +26,8 @@ import torch
 from cog import BasePredictor, Input, Path
 from tqdm import tqdm
 
-from t2v import memory, watchdog
-from t2v.engine import Engine, Look
+from t2v import device, watchdog
+from t2v.engine import Engine, OnPreview, ignore
 from t2v.errors import InvalidRequest, T2VError
 from t2v.request import Request
 from t2v.source import frames
@@ -58,7 +58,7 @@ class Predictor(BasePredictor):
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
         tempfile.tempdir = str(self.outputs)  # Cog leaves there what it has fetched, and what it failed to fetch
         watchdog.start(self.outputs)
-        memory.settle()
+        device.freeze_gc()
 
     def healthcheck(self) -> bool:
         """False once the device has failed for good: only a new process can use it again."""
@@ -154,38 +154,37 @@ class Predictor(BasePredictor):
             raise
         except Exception as error:
             log_traceback()
-            self.broken = self.broken or not self.worker.call(memory.works, self.engine.device)
+            self.broken = self.broken or not self.worker.call(device.is_healthy, self.engine.device)
             # A library's own words may hold paths and addresses; they are for the operator alone.
             sentence = f"An internal error ({type(error).__name__}); the container's log says more. Please try again."
             raise T2VError(sentence) from None
         finally:
-            memory.trim()
+            device.trim()
 
-    def make(
-        self, request: Request, init_video: FilePath | None, look: Look = lambda done, total, sketch: None
-    ) -> FilePath:
+    def make(self, request: Request, init_video: FilePath | None, on_preview: OnPreview = ignore) -> FilePath:
         """The file of the video."""
         print(f"Using seed: {request.seed}")
         print(f"Model: {self.engine.describe()}")
-        memory.mark(self.engine.device)
+        device.reset_peak(self.engine.device)
         report = Report(request)
         path = self.path(f"t2v-{request.seed}", request.output_format)
         # Inside, not as a decorator: Cog fills in defaults on the outermost function only. And here, not in setup():
         # gradient mode belongs to the thread, and predict() runs in another one.
         with torch.inference_mode():
+            job = self.engine.prepare(request, has_init_video=init_video is not None)
             start = None
             if init_video is not None:
-                height, width = self.engine.passes(request)[0].size
+                height, width = job.passes[0].size
                 start = frames(init_video, request.num_frames, height, width, request.fps)
-            made = report.decoding(self.engine.generate(request, report.progress, start, look))
-            info = write_video(path, made, request.fps, self.engine.metadata(request), request.quality)
+            made = report.decoding(self.engine.run(job, start, report.progress, on_preview))
+            info = write_video(path, made, request.fps, dict(job.metadata), request.quality)
         report.end("encode")
         self._record(
             seed=request.seed,
             model=self.engine.name,
             frames=info.frames,
             **{f"{stage}_seconds": round(seconds, 4) for stage, seconds in report.seconds.items()},
-            peak_memory_bytes=memory.peak(self.engine.device),
+            peak_memory_bytes=device.peak_memory(self.engine.device),
             video_output_count=1,
             video_output_duration_seconds=info.frames / info.fps,
             video_output_total_pixel_count=info.frames * info.width * info.height,

@@ -82,9 +82,10 @@ def generate(args: argparse.Namespace) -> None:
     print(f"Model: {engine.describe()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    job = engine.prepare(request, has_init_video=args.init_video is not None)
     start = None
     if args.init_video:
-        height, width = engine.passes(request)[0].size
+        height, width = job.passes[0].size
         start = frames(args.init_video, request.num_frames, height, width, request.fps)
     with tqdm(desc="denoise") as bar:
 
@@ -94,8 +95,8 @@ def generate(args: argparse.Namespace) -> None:
                     bar.reset(total)
                 bar.update(done - bar.n)
 
-        made = engine.generate(request, progress, start)
-        info = write_video(path, made, request.fps, engine.metadata(request), request.quality)
+        made = engine.run(job, start, progress)
+        info = write_video(path, made, request.fps, dict(job.metadata), request.quality)
     seconds = time.perf_counter() - started
     print(f"{info.frames} frames of {info.width}x{info.height} in {seconds:.1f} s, seed {request.seed}")
     print(path)

@@ -20,11 +20,17 @@ ALLOWED = {
     "unet3d": {"config", "errors", "convolution"},
     "convolution": set(),
     "autoencoder": {"config", "errors", "convolution"},
-    "sampler": {"errors"},
-    "graph": {"memory"},
-    "weights": {"errors"},
-    "vae": {"autoencoder", "memory"},
-    "memory": set(),
+    "sampler": {"errors", "distilled"},
+    "distilled": set(),
+    "noise": {"timeline"},
+    "denoiser": {"sampler", "timeline"},
+    "trace": set(),
+    "recording": {"errors", "trace"},
+    "weights": {"errors", "networks", "convolution"},
+    "vae": {"autoencoder"},
+    "device": {"errors"},
+    "job": {"errors", "request", "distilled", "timeline"},
+    "budget": {"device", "errors", "job", "model"},
     "watchdog": set(),
     "thread": set(),
     "source": {"errors"},
@@ -32,8 +38,12 @@ ALLOWED = {
     "networks": {"autoencoder", "clip", "errors", "unet3d"},
     "pickles": {"errors"},
     "convert": {"errors", "networks", "pickles", "unet3d", "weights"},
-    "lora": {"errors", "convert", "pickles", "sampler", "unet3d", "convolution", "weights"},
-    "engine": set(PACKAGE) - {"video", "source", "convert", "pickles", "engine"},
+    "lora": {"errors", "convert", "pickles", "distilled", "unet3d", "convolution", "weights"},
+    "model": {
+        *("denoiser", "device", "errors", "job", "lora", "noise", "recording", "sampler", "text", "unet3d", "vae"),
+        "weights",
+    },
+    "engine": {"budget", "job", "model", "request", "text", "unet3d", "vae"},
 }
 
 
@@ -72,12 +82,12 @@ assert "torch" in sys.modules and not {"diffusers", "transformers", "accelerate"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("module", ["errors", "request", "video", "source"])
+@pytest.mark.parametrize("module", ["errors", "request", "job", "video", "source"])
 def test_light_modules_load_without_torch(module: str):
     code = f"import sys, t2v.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("module", [m for m in PACKAGE if m != "errors"])
+@pytest.mark.parametrize("module", [m for m in PACKAGE if m != "distilled"])
 def test_every_module_has_its_tests(module: str):
     assert (ROOT / "tests" / f"test_{module}.py").is_file()

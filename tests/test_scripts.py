@@ -101,7 +101,7 @@ def test_training_writes_a_model_and_resumes_where_it_was_interrupted(
     """An interrupted run ends as an unbroken one does, bit for bit; another seed ends elsewhere."""
     unbroken = train(monkeypatch, tmp_path / "run a", tmp_path / "a")
     assert "unet      3/3" not in capsys.readouterr().err
-    assert Engine.load(tmp_path / "a", device="cpu").native_size == (64, 64)
+    assert Engine.load(tmp_path / "a", device="cpu").model.info.native_size == (64, 64)
 
     class Interrupted(Exception):
         pass
