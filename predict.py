@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from cog import BasePredictor, Input, Path, streaming
 
-from t2v import __version__, memory
-from t2v.engine import Engine
+from t2v import __version__, device
+from t2v.engine import Engine, OnPreview, ignore
 from t2v.errors import InvalidRequest, T2VError
 from t2v.media.decode import read_frames
 from t2v.media.encode import write_video
@@ -35,8 +35,6 @@ from t2v.serving.worker import Worker
 
 COG_FOLDER = FilePath("/tmp/coglet/predictions")  # Cog ignores TMPDIR for it
 PREVIEW_QUALITY = 30  # constant rate factor
-
-Preview = Callable[[], np.ndarray]  # decodes the video as the denoiser predicts it at a step, (F, H, W, 3) uint8 RGB
 
 
 class Inputs:
@@ -139,7 +137,7 @@ class Predictor(BasePredictor):
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
         tempfile.tempdir = str(self.outputs)  # where Cog puts the files that it downloads, and leaves failed ones
         watchdog.start(self.outputs)
-        memory.settle()
+        device.freeze_gc()
 
     def healthcheck(self) -> bool:
         """False once the device has failed for good: then only a new process can use it."""
@@ -199,30 +197,21 @@ class Predictor(BasePredictor):
             raise
         except Exception as error:
             log_traceback()
-            if not self.worker.call(memory.works, self.engine.device):
+            if not self.worker.call(device.is_healthy, self.engine.device):
                 self.device_failed = True
             # The message of a library may contain paths and addresses, which are for the operator alone.
             raise T2VError(
                 f"An internal error occurred ({type(error).__name__}); see the container's log. Please try again."
             ) from None
         finally:
-            memory.trim()
+            device.trim()
 
-    def generate_file(
-        self,
-        request: Request,
-        init_video: FilePath | None,
-        on_preview: Callable[[int, int, Preview], None] | None = None,
-    ) -> FilePath:
-        """Make the video and write it; returns its path. Runs in the worker's thread, and can be stopped at each step.
-
-        Args:
-            on_preview: called with (done, total, preview) after every denoising step.
-        """
+    def generate_file(self, request: Request, init_video: FilePath | None, on_preview: OnPreview = ignore) -> FilePath:
+        """Make the video and write it; returns its path. Runs in the worker's thread; can be stopped at each step."""
         print(f"Using seed: {request.seed}")
         print(f"Model: {self.engine.describe()}")
-        memory.mark(self.engine.device)
-        report = Report(request, log_prompt=os.environ.get("T2V_LOG_PROMPTS") == "1")
+        device.reset_peak(self.engine.device)
+        report = Report(request.prompt, log_prompt=os.environ.get("T2V_LOG_PROMPTS") == "1")
 
         def on_progress(stage: str, done: int, total: int) -> None:
             self.worker.check()
@@ -232,15 +221,14 @@ class Predictor(BasePredictor):
         # A context, not a decorator of predict(): Cog replaces defaults only on the outermost function. And not in
         # setup(), because gradient mode belongs to the thread.
         with torch.inference_mode():
+            job = self.engine.prepare(request, has_init_video=init_video is not None)
             init_frames = None
             if init_video is not None:
-                size = self.engine.passes(request)[0].size
-                init_frames = self.stoppable(read_frames(init_video, request.num_frames, size, request.fps))
-            more = {} if on_preview is None else {"look": on_preview}
-            frames = self.engine.generate(request, on_progress, init_frames, **more)
-            metadata = self.engine.metadata(request) | {"t2v": __version__}
+                first = job.passes[0]
+                init_frames = self.stoppable(read_frames(init_video, first.num_frames, first.size, request.fps))
+            frames = self.engine.run(job, init_frames, on_progress, on_preview)
             chunks = self.stoppable(report.timed(frames))
-            info = write_video(path, chunks, request.fps, metadata, request.quality)
+            info = write_video(path, chunks, request.fps, {**job.metadata, "t2v": __version__}, request.quality)
         report.end("encode")
         self.record_metrics(
             seed=request.seed,
@@ -248,7 +236,7 @@ class Predictor(BasePredictor):
             t2v_version=__version__,
             frames=info.frames,
             **{f"{stage}_seconds": round(seconds, 4) for stage, seconds in report.seconds.items()},
-            peak_memory_bytes=memory.peak(self.engine.device),
+            peak_memory_bytes=device.peak_memory(self.engine.device),
             video_output_count=1,
             video_output_duration_seconds=info.frames / info.fps,
             video_output_total_pixel_count=info.frames * info.width * info.height,
@@ -323,7 +311,7 @@ class StreamingPredictor(Predictor):
         def generate_file(
             request: Request, init_video: FilePath | None, send: Callable[[np.ndarray], None]
         ) -> FilePath:
-            def on_preview(done: int, total: int, preview: Preview) -> None:
+            def on_preview(done: int, total: int, preview: Callable[[], np.ndarray]) -> None:
                 if done < total and (done - 1) * (previews + 1) // total < done * (previews + 1) // total:
                     send(preview())
 

@@ -1,7 +1,11 @@
 """Text to video: a prompt becomes the frames of a short video.
 
 request      what the caller asked for, in the caller's units, already valid
-engine       ties everything together: Engine.load(folder).generate(request) -> frames
+job          a request resolved against a model: every decision, before the work
+engine       the story: prepare(request) -> job, run(job) -> frames
+model        one loaded model
+budget       how much memory a pass takes, which plan fits, one more attempt when memory runs out
+device       which device and dtype, how CPU and GPU differ, free memory, health
 errors       what can go wrong, in sentences for the caller
 cli          the command line
 resources    where the demo model and other files of the package are
@@ -11,11 +15,11 @@ serving      what the HTTP server needs besides the engine
 text         prompt -> context; clip: the network for it
 unet3d       noisy latents, timestep, context -> the network's prediction
 timeline     long videos and loops as overlapping windows
-sampler      schedules, update rules, guidance, the denoising loop
+sampler      schedules, solvers, guidance, the denoising loop; distilled: recipes of few-step models; noise: from a seed
+denoiser     one step: the network, guidance, windows
 vae          latents -> uint8 frames, in chunks, and back; autoencoder: the network for it
 convolution  convolution algorithms of the denoiser and the autoencoder
-graph        a function of tensors as a recording: a CUDA graph, or a trace
-memory       how much a device has left
+recording    a function of tensors, recorded as a CUDA graph, or as a trace (trace)
 networks     from a config to an empty network; config: what they have in common
 lora         low-rank adaptations and few-step models, merged into the denoiser
 convert      other people's weights -> a model's folder

@@ -81,14 +81,13 @@ def generate(
     print(f"Model: {engine.describe()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    job = engine.prepare(request, has_init_video=init_video is not None)
     init_frames = None
     if init_video:
-        size = engine.passes(request)[0].size
-        init_frames = read_frames(init_video, request.num_frames, size, request.fps)
+        init_frames = read_frames(init_video, job.passes[0].num_frames, job.passes[0].size, request.fps)
     with progress_display() as on_progress:
-        frames = engine.generate(request, on_progress, init_frames)
-        metadata = engine.metadata(request) | {"t2v": __version__}
-        info = write_video(path, frames, request.fps, metadata, request.quality)
+        frames = engine.run(job, init_frames, on_progress)
+        info = write_video(path, frames, request.fps, {**job.metadata, "t2v": __version__}, request.quality)
     seconds = time.perf_counter() - started
     print(f"{info.frames} frames of {info.width}x{info.height} in {seconds:.1f} s, seed {request.seed}")
     print(path)

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from t2v.convolution import fold
 from t2v.errors import WeightsError
+from t2v.networks import empty
 
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # size and time of change of the files whose digests were found right
@@ -186,6 +188,26 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
             owner.register_forward_hook(lambda owner, ids, rows, widened=widened: widened(rows))
         else:
             parametrize.register_parametrization(owner, name, widened, unsafe=True)
+
+
+def load_networks(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The three networks of a model's folder, by name.
+
+    Raises:
+        WeightsError: names everything that is wrong with any of them.
+    """
+    networks: dict[str, Any] = {}
+    wrong = []
+    for name in NETWORKS:
+        try:
+            networks[name] = empty(name, read_json(folder / name / "config.json"))
+            load(networks[name], folder, name, device, dtype)
+            fold(networks[name])
+        except WeightsError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise WeightsError(" ".join(wrong))
+    return networks
 
 
 class Widened(nn.Module):

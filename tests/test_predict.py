@@ -113,7 +113,7 @@ def test_what_cog_fetched_is_used_and_goes_with_the_next_prediction(predictor: P
 
 def test_bad_input_is_refused_before_any_work_and_loses_nothing(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):
     kept = run(predictor)
-    monkeypatch.setattr(predictor.engine, "generate", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(predictor.engine, "run", lambda *_: pytest.fail("work was done"))
     with pytest.raises(InvalidRequest, match="num_frames must be a whole number from 1 to 256, not 0"):
         run(predictor, num_frames=0)
     assert kept.exists()

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from t2v.request import Request
-
 
 class Report:
     """Prints and times the stages of one prediction.
@@ -22,7 +20,7 @@ class Report:
         seconds: by stage: "start", "text", "denoise", "decode", "encode".
     """
 
-    def __init__(self, request: Request, log_prompt: bool = False):
+    def __init__(self, prompt: str, log_prompt: bool = False):
         """
         Args:
             log_prompt: print the prompt itself, not only its length and digest.
@@ -30,11 +28,11 @@ class Report:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._since = time.perf_counter()
         fields: dict[str, Any] = {
-            "prompt_characters": len(request.prompt),
-            "prompt_sha256": hashlib.sha256(request.prompt.encode(errors="surrogatepass")).hexdigest(),
+            "prompt_characters": len(prompt),
+            "prompt_sha256": hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest(),
         }
         if log_prompt:
-            fields["prompt"] = request.prompt
+            fields["prompt"] = prompt
         _print("request", fields)
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
