@@ -64,15 +64,15 @@ def check(folder: Path, verify: bool = False) -> None:
         WeightsError: the message names all that is wrong at once, and what repairs it.
     """
     if not folder.is_dir():
-        raise WeightsError(f"There is no weights folder {folder}. To get one: scripts/download_weights")
+        raise WeightsError(f"There is no weights folder {folder}. To get one: t2v weights download")
     missing = [name for name in CONFIGS if not (folder / name).is_file()]
     pickles = [n for n in NETWORKS if find(folder, n) is None and find(folder, n, pickles=True)]
     missing += [f"{n}/{NETWORKS[n]}.safetensors" for n in NETWORKS if find(folder, n) is None and n not in pickles]
     wrong = [f"it lacks {', '.join(missing)}"] if missing else []
-    repair = f"scripts/download_weights {folder}"
+    repair = f"t2v weights download {folder}"
     if pickles:
         wrong.append(f"the weights of {', '.join(pickles)} are pickles, which are not loaded")
-        repair = f"scripts/convert_weights {folder} NEW_FOLDER"
+        repair = f"t2v weights convert {folder} NEW_FOLDER"
     wrong += [problem for n in NETWORKS if (path := find(folder, n)) and (problem := _header_problem(path))]
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)

@@ -11,6 +11,7 @@ import tomllib
 from ast import literal_eval
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -123,7 +124,7 @@ def test_verify_compares_with_the_manifest(broken_copy: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
-def test_serve_runs_the_predictor_from_any_folder(tiny_folder: Path, tmp_path: Path, stream: bool):
+def test_serve_works_from_any_folder(tiny_folder: Path, tmp_path: Path, stream: bool):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -142,9 +143,8 @@ def test_serve_runs_the_predictor_from_any_folder(tiny_folder: Path, tmp_path: P
         assert health["status"] == "READY", health
         schema = requests.get(f"http://127.0.0.1:{port}/openapi.json", timeout=5).json()
         assert ("previews" in schema["components"]["schemas"]["Input"]["properties"]) == stream
-        (worker,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-        environment = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
-        assert all(f"{name}={value}".encode() in environment for name, value in MALLOC.items())
+        (worker,) = psutil.Process(server.pid).children()
+        assert worker.environ().items() >= MALLOC.items()
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
