@@ -1,5 +1,6 @@
 """The real server, on 127.0.0.1, with tiny weights: what a caller sends and gets."""
 
+import base64
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import requests
 
 from conftest import ROOT
 from serving import Server, saved, serve
-from t2v.media.encode import VideoInfo, read_metadata
+from t2v.media.encode import VideoInfo, read_metadata, write_video
 from t2v.serving.schema import document
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
@@ -180,6 +181,25 @@ def test_a_video_can_start_from_another_one(server: Server, tmp_path: Path):
     assert all(not np.array_equal(frames[a], frames[b]) for a, b in ((0, 0.5), (0.5, 1), (0, 1)))
     free = {k: v for k, v in request.items() if k != "init_video"}
     assert np.array_equal(frames[1], video(server.predict(input=free).json(), tmp_path / "a.mp4")[1])
+
+
+def test_cancelling_stops_the_reading_of_init_video(server: Server, tmp_path: Path):
+    """Each frame takes a while in the autoencoder, so there is time to cancel before the first step."""
+    write_video(tmp_path / "a.mp4", [np.zeros((64, 256, 256, 3), np.uint8)], 8, {})
+    sent = "data:video/mp4;base64," + base64.b64encode((tmp_path / "a.mp4").read_bytes()).decode()
+    seen = len(server.log.read_bytes())
+
+    def log() -> str:
+        return server.log.read_bytes()[seen:].decode()
+
+    inputs = QUICK | {"num_frames": 64, "width": 256, "height": 256, "init_video": sent}
+    server.start("reading", input=inputs)
+    server.until(lambda: "prompt_sha256" in log(), 30, "the request")
+    server.cancel("reading")
+    server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
+    assert '\\"stage\\": \\"start\\"' not in log()
+    answer = server.predict(input=QUICK).json()
+    assert answer["status"] == "succeeded" and [path.suffix for path in server.files()] == [".mp4"]
 
 
 @pytest.mark.parametrize(
