@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from t2v.convert import convert
+from t2v.checkpoints.convert import convert
 from t2v.errors import T2VError
 
 

@@ -25,7 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t2v import weights  # noqa: E402
+from t2v.checkpoints import folder as weights  # noqa: E402
 from t2v.errors import T2VError, WeightsError  # noqa: E402
 
 MANIFESTS = ROOT / "weights" / "manifests"
@@ -63,7 +63,7 @@ def download(manifest: dict[str, Any], folder: Path, source: Path | None = None)
             jobs += [pool.submit(fetch, manifest, name, partial, source) for name in needed[1:]]
     wrong = [str(error) for job in jobs if (error := job.exception())]
     if wrong:
-        raise WeightsError(f"{weights.some(wrong)}. What was fetched waits in {partial}; run this again to go on.")
+        raise WeightsError(f"{weights.summary(wrong)}. What was fetched waits in {partial}; run this again to go on.")
     for name in needed:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, folder / name)

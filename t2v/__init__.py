@@ -1,27 +1,39 @@
-"""Text-to-video: a prompt becomes the frames of a short video.
+"""Text to video: a prompt becomes the frames of a short video.
 
-request    what the caller asked for, in the caller's units, already valid
-text       prompt -> context; clip: the network for it
-unet3d     noisy latents, timestep, context -> the network's prediction
-job        a request resolved against a model: every decision, before the work
-timeline   long videos and loops as overlapping windows
-sampler    schedules, solvers, guidance, the denoising loop; distilled: recipes of few-step models; noise: from a seed
-denoiser   one step: the network, guidance, windows
-vae        latents -> uint8 frames, in chunks, and back; autoencoder: the network for it
-source     a caller's picture or video -> frames
-video      uint8 frames -> file, verified
-convolution of maps in fewer products than it is written with; the denoiser and the autoencoder have it
-recording  a function of tensors, recorded as a CUDA graph, or as a trace (trace)
-device     which device and dtype, how CPU and GPU differ, free memory, health; thread, watchdog: for the server
+The story, from the top:
+
+request    what was asked for, in the caller's units, valid in itself
+job        a request resolved against a model: everything that is decided before the work
+engine     prepare(request) -> job, run(job) -> frames; generate is both
+model      one loaded model: networks, schedule, LoRA, recordings
 budget     how much memory a pass takes, which plan fits, one more attempt when memory runs out
-networks   from a config to an empty network; config: what they have in common
-lora       low-rank adaptations and few-step models, merged into the denoiser
-convert    other people's weights -> a model's folder
-pickles    their files, read without executing anything
-weights    finds and loads a model's folder
-model      one loaded model
-engine     the story: prepare(request) -> job, run(job) -> frames
+device     which device and dtype, how a CPU and a GPU differ, free memory, health
 errors     what can go wrong, in sentences for the caller
 
-`engine` imports the others; who else may import whom is in tests/test_architecture.py.
+The trades, each in its wing:
+
+networks/     tensors only: prompt encoder, denoiser, autoencoder
+sampling/     mathematics only: schedules, solvers, guidance, windows, recordings
+checkpoints/  files only: a model's folder, checked, loaded, written, converted; LoRAs
+
+video, source: frames to a file and back. thread, watchdog: for the server.
+tests/test_architecture.py holds who may import whom.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from t2v.errors import InvalidRequest, OutOfMemory, T2VError, VideoError, WeightsError
+from t2v.request import Request
+
+if TYPE_CHECKING:
+    from t2v.engine import Engine
+
+__all__ = ["Engine", "InvalidRequest", "OutOfMemory", "Request", "T2VError", "VideoError", "WeightsError"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Engine` is imported when it is asked for: torch takes a second."""
+    if name == "Engine":
+        return import_module("t2v.engine").Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,7 +59,7 @@ class Request:
         quality: constant rate factor of H.264 or VP9, 1 (nearly lossless) to 51 (worst); 18 looks lossless. A GIF has
             none.
         window: frames that are denoised together, 4 to 128; None is all of them where they are at most 128 and there is
-            one prompt, else as many as the model was trained on. See `t2v.timeline`.
+            one prompt, else as many as the model was trained on. See `t2v.sampling.timeline`.
         loop: whether the first frame shall follow the last.
         next_prompts: what the video shows later, at most 15 prompts separated by `|`, spread evenly along it after
             `prompt`.

@@ -1,0 +1,1 @@
+"""Files only: a model's folder, checked, loaded, written and converted; LoRAs."""
