@@ -3,7 +3,7 @@
 Reads ModelScope's original checkpoint (configuration.json, the denoiser, a VQGAN file, an open_clip file) and folders
 in diffusers' layout whose weights are still pickles (`.bin`). Runs once.
 
-For the original, a table says where each tensor goes. A prefix of a name stands for all names under it; a name that no
+For the original, a table says where each tensor goes. A prefix stands for all names under it. A name that no
 prefix covers is an error unless `DROPPED` names it, and so is a parameter of the network that nothing fills. Values
 change in two places only: layers that are convolutions of kernel size 1 there and linear here lose the trailing ones of
 their shape, and the stacked query, key and value weights of the text encoder come apart.
@@ -58,7 +58,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "weights" / "demo" / "tokenize
 NATIVE_SIZE = 256  # pixels
 CLIP_HEAD = 64  # channels of one attention head of the text encoder
 
-# Under the original's residual blocks, and where each goes under a diffusers block; {j} is the layer.
+# Names in the original's residual blocks -> names in a diffusers block; {j} is the layer.
 RESIDUAL = {
     "in_layers.0": "resnets.{j}.norm1",
     "in_layers.2": "resnets.{j}.conv1",
@@ -68,11 +68,11 @@ RESIDUAL = {
     "skip_connection": "resnets.{j}.conv_shortcut",
     "temopral_conv": "temp_convs.{j}",  # the original's spelling
 }
-# Of the autoencoder's residual blocks.
+# The same for the autoencoder's residual blocks,
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
-# Of its one attention.
+# for its only attention,
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-# Of the text encoder's layers.
+# and for the layers of the text encoder.
 LAYER: Table = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -82,8 +82,8 @@ LAYER: Table = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-# Prefixes of what is in the original's files and belongs to no network here. The text encoder's last layer, which the
-# model does not use, joins them when its number is known.
+# Prefixes of tensors in the original's files that belong to no network here. The text encoder's last layer, which the
+# model does not use, is added when its number is known.
 DROPPED: dict[str, tuple[str, ...]] = {
     "unet": (),
     "vae": (),
@@ -92,16 +92,16 @@ DROPPED: dict[str, tuple[str, ...]] = {
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype = torch.float16, log: Callable[[str], None] = print) -> None:
-    """Write the model in `source` as the new folder `out`; there is a whole folder in the end, or none.
+    """Write the model in `source` as the new folder `out`. In the end there is a complete folder or none.
 
     Args:
         source: a folder of the original, or one in diffusers' layout.
         out: must not exist yet.
         dtype: of the written weights.
-        log: told what is done, a line for each network.
+        log: called with one line for each network.
 
     Raises:
-        WeightsError: the files are not a whole model of this family, hold what they should not, or `out` exists.
+        WeightsError: the files are not a complete model of this family, hold unknown tensors, or `out` exists.
     """
     if not source.is_dir():
         raise WeightsError(f"There is no folder {source}.")
@@ -277,7 +277,7 @@ def text_table(layers: int) -> Table:
 
 
 def renamed(key: str, table: Table) -> tuple[str, ...]:
-    """Where a tensor goes, by the longest prefix of its name that the table has; () if none."""
+    """New names of a tensor, by the longest prefix of its name in the table; () if there is none."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         found = table.get(".".join(parts[:n]))
@@ -392,7 +392,7 @@ def _squeezed(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What follows the prefix in the names that contain it; the rest of such a file belongs to other models."""
+    """The tensors under a prefix, without it. The rest of such a file belongs to other models."""
     return {key.split(prefix, 1)[1]: value for key, value in state.items() if prefix in key}
 
 

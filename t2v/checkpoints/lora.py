@@ -1,7 +1,8 @@
-"""Low-rank adaptations (LoRA, Hu et al., arXiv 2106.09685) of the denoiser: read from every format this family has,
-merged into the weights exactly, and taken out again to the bit.
+"""Low-rank adaptations (LoRA, Hu et al., arXiv 2106.09685) of the denoiser.
 
-An adaptation adds scale * up @ down to the weight of a layer. The formats differ in how they name layers and tensors:
+They are read from every format of this family, added to the weights exactly, and removed again bit for bit.
+
+A LoRA adds scale * up @ down to the weight of a layer. The formats differ in how they name layers and tensors:
 
 - PEFT: a folder with adapter_config.json and adapter_model.safetensors (or .bin); keys
   `base_model.model.<layer>.lora_A.weight` (down) and `lora_B.weight` (up); scale alpha / rank. MCM is one of these.
@@ -9,7 +10,7 @@ An adaptation adds scale * up @ down to the weight of a layer. The formats diffe
   denoiser in diffusers' order. T2V-Turbo-MS is one of these, with one layer more: the guidance embedding.
 - Stable-LoRA: safetensors, keys `<layer>.lora_A`, `<layer>.lora_B`, layers by diffusers' or by the original's names.
 
-Few-step models are told by what they hold: T2V-Turbo-MS by its guidance embedding, MCM by the layers it adapts.
+Distilled models are recognised by their layers: T2V-Turbo-MS by its guidance embedding, MCM by the layers it adapts.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from t2v.networks.unet3d import GUIDANCE_EMBEDDING, TemporalConv, UNet3D
 COND_PROJ = "time_embedding.cond_proj"
 # diffusers' order of the denoiser's parts; the middle comes last but one.
 ORDER = ("conv_in", "time_embedding", "transformer_in", "down_blocks", "up_blocks", "mid_block", "conv_out")
-# The layers MCM adapts, by the ends of their names; temporal convolutions are not among them.
+# Ends of the names of the layers that MCM adapts, except temporal convolutions.
 MCM_LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -45,12 +46,12 @@ Factors = dict[str, tuple[Tensor, Tensor, float]]
 
 @dataclass(frozen=True)
 class Lora:
-    """An adaptation that fits a denoiser.
+    """A LoRA that fits a denoiser.
 
     Attributes:
-        name: of its file, for logs.
-        deltas: by the name of the layer, up (c_out, r) and down (r, rest of the weight's shape, flat), float32, and the
-            factor of their product.
+        name: name of its file, for logs.
+        deltas: for each layer, by its name: up (c_out, r) and down (r, the rest of the weight's shape, flattened), both
+            float32, and the factor of their product.
         family: name of the distilled model that it makes, "T2V-Turbo-MS" or "MCM"; None for a plain LoRA.
     """
 
@@ -59,7 +60,7 @@ class Lora:
     family: str | None
 
     def delta(self, layer: str, device: torch.device | str = "cpu") -> Tensor:
-        """(c_out, rest of the weight's shape, flat) float32: what is added to the weight at scale 1."""
+        """The change of a layer's weight at scale 1, (c_out, the rest of the weight's shape, flattened) float32."""
         up, down, factor = self.deltas[layer]
         return factor * (up.to(device) @ down.to(device))
 
@@ -67,7 +68,7 @@ class Lora:
 class MergedLora:
     """A LoRA that is added to the weights of a denoiser and removed again.
 
-    In place: the parameters stay the same tensors, which recordings read.
+    Weights change in place: the parameters stay the same tensors, which CUDA graphs read.
 
     Args:
         scale: of the LoRA; 1 is as it was trained.
@@ -120,7 +121,7 @@ class MergedLora:
 
 
 def parse(text: str) -> tuple[Path, float]:
-    """`path[:scale]`, as T2V_LORA has it -> the path and the scale, 1 unless given."""
+    """The path and the scale of `path[:scale]`, the form of T2V_LORA. The scale is 1 unless given."""
     path, colon, scale = text.rpartition(":")
     try:
         return (Path(path), float(scale)) if colon else (Path(text), 1.0)
@@ -129,13 +130,13 @@ def parse(text: str) -> tuple[Path, float]:
 
 
 def read(path: Path, unet: UNet3D) -> Lora:
-    """Read an adaptation of a denoiser.
+    """Read a LoRA of a denoiser.
 
     Args:
         path: a PEFT folder, or a .safetensors, .pt, .pth or .bin file.
 
     Raises:
-        WeightsError: it cannot be read, or some of it does not fit; the message names the layers and shapes.
+        WeightsError: it cannot be read, or a layer of it does not fit; the message names the layers and shapes.
     """
     if not path.exists():
         raise WeightsError(f"There is no LoRA {path}.")
@@ -173,7 +174,7 @@ def read(path: Path, unet: UNet3D) -> Lora:
 
 
 def _layers(unet: UNet3D) -> LayerShapes:
-    """Weight shapes of every layer an adaptation can name, in diffusers' order, the guidance embedding included."""
+    """Weight shape of every layer that a LoRA can name, in diffusers' order, with the guidance embedding."""
     shapes = {
         name: tuple(module.weight.shape)
         for part in ORDER
@@ -193,7 +194,7 @@ def _mcm_layers(shapes: LayerShapes) -> set[str]:
 
 
 def _from_peft(folder: Path) -> Factors:
-    """PEFT's folder; rank and alpha may differ by layer."""
+    """A PEFT folder. Rank and alpha may differ from layer to layer."""
     config = read_json(folder / "adapter_config.json")
     for key, allowed in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
         if config.get(key, allowed) not in (allowed, None, []):
@@ -211,12 +212,12 @@ def _from_peft(folder: Path) -> Factors:
 
 
 def _pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """PEFT's value for one layer: the pattern's key is the end of its name."""
+    """PEFT's value for one layer. A key of the pattern is the end of the layer's name."""
     return next((v for k, v in (pattern or {}).items() if name == k or name.endswith(f".{k}")), default)
 
 
 def _from_names(state: Mapping[str, Tensor], shapes: LayerShapes, unet: UNet3D, path: Path) -> Factors:
-    """Tensors by name without a config: Stable-LoRA, or what diffusers saves; scale 1, or alpha / rank where given."""
+    """Named tensors without a config, from Stable-LoRA or diffusers. The scale is alpha / rank, or 1 without alpha."""
     table = unet_table(unet.config.down_block_types, unet.config.layers_per_block)
     found = {}
     for name, (up, down, alpha) in _pairs(state, path).items():
@@ -224,7 +225,9 @@ def _from_names(state: Mapping[str, Tensor], shapes: LayerShapes, unet: UNet3D, 
             name = next(iter(renamed(name, table)), name)
         factor = float(alpha) / down.shape[0] if alpha is not None else 1.0
         shape = shapes.get(name, ())
-        if len(shape) > 2 and up.ndim == 2 and up.shape[0] != shape[0]:  # Stable-LoRA's, of kernel sides together
+        if (
+            len(shape) > 2 and up.ndim == 2 and up.shape[0] != shape[0]
+        ):  # Stable-LoRA's, with the kernel's sides in both factors
             up, down = _from_stable_lora(up, down, shape)
         found[name] = (up, down, factor)
     return found
@@ -233,8 +236,8 @@ def _from_names(state: Mapping[str, Tensor], shapes: LayerShapes, unet: UNet3D, 
 def _from_stable_lora(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Stable-LoRA's factors of a convolution, (c_out k, r) and (r, c_in k), as factors of the flat weight.
 
-    It reads their product as the weight, k x k in two dimensions; in three as k x k x 1, of which it averages the
-    second k away. The factors are then the identity and that weight.
+    Stable-LoRA takes their product for the weight: k x k in two dimensions, k x k x 1 in three, of which it averages
+    the second k. The returned factors are the identity and that weight.
     """
     c_out, c_in, k = shape[:3]
     product = (up.float() @ down.float()).view(c_out, c_in, k, k)
@@ -243,19 +246,19 @@ def _from_stable_lora(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> tuple
 
 
 def _from_list(content: list[Any], shapes: LayerShapes, path: Path) -> Factors:
-    """Tensors in order. T2V-Turbo-MS has the guidance embedding; others do not."""
+    """Unnamed tensors in diffusers' order. T2V-Turbo-MS has the guidance embedding; others do not."""
     plain = [name for name in shapes if name != COND_PROJ]
     names = plain if len(content) == 2 * len(plain) else list(shapes)
     if len(content) != 2 * len(names) or not all(isinstance(value, Tensor) for value in content):
         raise WeightsError(
-            f"The LoRA {path} is a list of {len(content)} things; for this model it must be {2 * len(plain)} tensors, "
+            f"The LoRA {path} is a list of {len(content)} items; for this model it must be {2 * len(plain)} tensors, "
             f"or {2 * len(shapes)} with a guidance embedding."
         )
     return {name: (up, down, 1.0) for name, up, down in zip(names, content[::2], content[1::2])}
 
 
 def _pairs(state: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-    """(up, down, alpha) by layer, whatever the keys' decoration."""
+    """(up, down, alpha) of each layer, without the prefixes and suffixes that trainers add to the keys."""
     parts: dict[str, dict[str, Tensor]] = {"up": {}, "down": {}, "alpha": {}}
     kinds = {"lora_B": "up", "lora_up": "up", "lora_A": "down", "lora_down": "down", "alpha": "alpha"}
     strangers = []

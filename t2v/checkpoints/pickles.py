@@ -15,7 +15,7 @@ from t2v.errors import WeightsError
 
 
 class InertObject:
-    """Stands for whatever class a pickle names that is no tensor: takes everything, does nothing."""
+    """Stands for a class that a pickle names and that is no tensor. Accepts any arguments and does nothing."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -25,10 +25,10 @@ class InertObject:
 
 
 def load(path: Path) -> Any:
-    """What a file holds; its tensors on the CPU, mapped from the disk where the file's format allows it.
+    """The content of a file, with its tensors on the CPU, mapped from the disk where the format allows it.
 
     Raises:
-        WeightsError: it is no such file, is cut, or wants code to run.
+        WeightsError: it is no such file, is truncated, or wants to run code.
     """
     try:
         with path.open("rb") as file:
@@ -43,7 +43,7 @@ def load(path: Path) -> Any:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name. A dictionary under "state_dict" is taken for the whole; what is no tensor is left out.
+    """The tensors of a file by name. If it has a dictionary under "state_dict", only that is read.
 
     Raises:
         WeightsError: there are none, or the file cannot be read.

@@ -1,4 +1,4 @@
-"""The autoencoder: latents <-> pixels, each frame for itself.
+"""The autoencoder: latents <-> pixels, frame by frame.
 
 The convolutional autoencoder of latent diffusion, regularised by a KL term (Rombach et al., "High-Resolution Image
 Synthesis with Latent Diffusion Models", arXiv 2112.10752). Parameter names and shapes are those of diffusers'
@@ -20,7 +20,7 @@ EPS = 1e-6  # of every group norm
 
 @dataclass(frozen=True)
 class AutoencoderConfig(Config):
-    """Hyper-parameters of `Autoencoder`; the defaults are the 1.7B model's.
+    """Hyper-parameters of `Autoencoder`; the defaults are those of the 1.7B model.
 
     Attributes:
         scaling_factor: of the latents that the denoiser sees; the network itself does not apply it.
@@ -66,9 +66,9 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pixels in -1 ... 1, (n, 3, H, W) -> (n, latent_channels, h, w), the means of what the encoder tells.
+        """Pixels in -1 ... 1, (n, 3, H, W) -> (n, latent_channels, h, w), the means of the encoder's distributions.
 
-        Its variances are of use in training alone.
+        Their variances are used in training only.
         """
         return self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
 
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution; the network that it belongs to adds what leads to the next."""
+    """Residual blocks of one resolution; encoder and decoder add the layer that leads to the next one."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int):
         super().__init__()
@@ -164,7 +164,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel attends to all of its frame; one head."""
+    """Self-attention within a frame, with one head."""
 
     def __init__(self, c: int, groups: int):
         super().__init__()
@@ -182,7 +182,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size; a row and a column of zeros at the far ends alone."""
+    """Half the size. Zeros are padded at the bottom and the right only."""
 
     def __init__(self, c: int):
         super().__init__()

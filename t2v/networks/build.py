@@ -1,4 +1,4 @@
-"""From a network's config, as diffusers and transformers write it, to the network, ready to be filled."""
+"""From a network's config, as diffusers and transformers write it, to the network without its weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,8 +40,7 @@ def parameter_shapes(network: str, config: Mapping[str, Any]) -> dict[str, tuple
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves out the random values that layers start with. On the meta device there are none, and to draw them there
-    all the same takes torch a second, for what it imports."""
+    """Skips the random initialisation of layers. On the meta device it has no effect, but costs a second of imports."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

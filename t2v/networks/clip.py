@@ -18,7 +18,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 *
 
 @dataclass(frozen=True)
 class CLIPTextConfig(Config):
-    """Hyper-parameters of `CLIPText`; the defaults are the 1.7B model's, which lacks the last of CLIP's 24 layers."""
+    """Hyper-parameters of `CLIPText`; the defaults are the 1.7B model's, without the last of CLIP's 24 layers."""
 
     FOLDER = "text_encoder"
     FILE_KEYS = {
@@ -45,7 +45,7 @@ class CLIPTextConfig(Config):
 
 
 class CLIPText(nn.Module):
-    """Transformer in which every token sees those before it."""
+    """Transformer with causal self-attention."""
 
     def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
         super().__init__()
@@ -61,7 +61,7 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(n, l) int64 token ids, l at most 77 -> (n, l, hidden_size), the last layer's, normalised."""
+        """(n, l) int64 token ids, l at most 77 -> (n, l, hidden_size), the normalised output of the last layer."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](positions)
         for layer in self.encoder["layers"].children():
@@ -70,7 +70,7 @@ class CLIPText(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, then two linear layers, each after a norm and around a residual connection."""
+    """Pre-norm self-attention, then a pre-norm MLP, each with a residual connection."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()

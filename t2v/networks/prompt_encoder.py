@@ -1,8 +1,8 @@
 """Prompts -> context: CLIP's tokenizer and text encoder, with the token ids the original implementation makes.
 
-The original tokenizes with open_clip. The tokenizers of CLIP's vocabulary that read this family's files as they stand
-differ from it in two ways that change the picture: they turn every `!` into the padding id, and clean the text less. So
-the text is cleaned and padded here, and the library does the byte-pair encoding in between.
+The original tokenizes with open_clip. Other tokenizers that read this family's files differ from it in two ways that
+change the picture: they turn every `!` into the padding id, and they clean the text less. Here the text is cleaned and
+padded as in open_clip; the library does the byte-pair encoding in between.
 """
 
 import html
@@ -23,19 +23,19 @@ from t2v.networks.clip import CLIPText
 MAX_TOKENS = 77
 BOS, EOS, PAD = 49406, 49407, 0
 
-# What CLIP encodes one by one: endings of English verbs and nouns, words, digits, and runs of anything else.
+# The units that CLIP encodes: English endings, words, single digits, and runs of anything else.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 log = logging.getLogger(__name__)
 
 
 class PromptEncoder:
-    """Text encoder of the model.
+    """Prompts -> context: tokenizer and text encoder of the model.
 
     Args:
         tokenizer: see `load_tokenizer`.
-        encoder: what it returns is the context. In this family the stored encoder already lacks CLIP's last layer, so
-            this is the penultimate one's.
+        encoder: its output is the context. In this family the stored encoder lacks CLIP's last layer, so this is the
+            output of the penultimate one.
     """
 
     def __init__(self, tokenizer: Tokenizer, encoder: CLIPText):
@@ -53,8 +53,8 @@ class PromptEncoder:
     def tokenize(self, prompts: list[str]) -> Tensor:
         """(n, 77) int64 token ids: start, words, end, zeros.
 
-        A prompt of more than 75 tokens is cut there; a warning in the log says so. So does one for words in a script
-        other than Latin, of which the model has seen hardly any.
+        A prompt of more than 75 tokens is cut, with a warning in the log. Letters of other scripts than Latin, which
+        the model has hardly seen, are logged too.
         """
         rows = torch.full((len(prompts), MAX_TOKENS), PAD, dtype=torch.int64)
         for row, prompt in zip(rows, prompts):
@@ -80,7 +80,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = Tokenizer(BPE.from_file(*files, unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     except Exception as error:  # the library raises nothing narrower
         raise WeightsError(f"{folder} holds no vocabulary: {error}; download it again.") from error
-    # A word in the way of these two is one of them, as in the original.
+    # A word of the prompt that is spelled like one of these is that token, as in the original.
     tokenizer.add_special_tokens(
         [AddedToken(word, normalized=False, special=True) for word in ("<|startoftext|>", "<|endoftext|>")]
     )
@@ -90,6 +90,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def clean(prompt: str) -> str:
-    """Mend mis-decoded characters, resolve HTML entities, squeeze white space, lower case: open_clip's cleaning."""
+    """open_clip's cleaning: repair mis-decoded characters, resolve HTML entities, collapse white space, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return " ".join(text.split()).lower()

@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_named(unet: UNet3D, tmp_path: Path):
     with pytest.raises(WeightsError, match=r"down_blocks\.7\.conv1 is no layer.*conv_in has factors \(16, 2\)"):
         read(peft(tmp_path / "peft", wrong), unet)
     with pytest.raises(
-        WeightsError, match=f"list of 6 things; for this model it must be {2 * (len(module._layers(unet)) - 1)} "
+        WeightsError, match=f"list of 6 items; for this model it must be {2 * (len(module._layers(unet)) - 1)} "
     ):
         read(listed(tmp_path / "short.pt", layers), unet)
     save_file({"conv_in.lora_A": torch.ones(2, 36), "lora_te_x.weight": torch.ones(1)}, tmp_path / "half.safetensors")

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
+import published
 from t2v.errors import WeightsError
+from t2v.networks.autoencoder import AutoencoderConfig
+from t2v.networks.clip import CLIPTextConfig
 from t2v.networks.config import Config
+from t2v.networks.unet3d import UNet3DConfig
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,14 @@ def test_a_stranger_is_an_error_only_where_others_are_named():
     with pytest.raises(WeightsError, match="house/config.json: unknown key 'garden'"):
         Strict.from_dict({"garden": True})
     assert Lenient.from_dict({"garden": True, "doors": 2}).doors == 2
+
+
+@pytest.mark.parametrize(
+    "config, published",
+    [(UNet3DConfig, published.UNET), (AutoencoderConfig, published.VAE), (CLIPTextConfig, published.TEXT)],
+)
+def test_defaults_are_the_published_model_and_survive_the_file(config: type[Config], published: dict):
+    assert config.from_dict(published) == config() == config.from_dict(config().to_dict())
+    assert {key: config().to_dict().get(key) for key in published if key != "sample_size"} == {
+        key: value for key, value in published.items() if key != "sample_size"
+    }

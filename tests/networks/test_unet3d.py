@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet3DConditionModel
 
 from conftest import TINY_UNET, reference_unet
@@ -74,32 +73,6 @@ def test_rows_that_share_latents_and_prepared_signals():
     assert relative_error(ours(x, 500, context), expected) < FLOAT64
     terms, text_kv = ours.project_timesteps(torch.tensor([20, 500])), ours.project_text(context)
     assert relative_error(ours.forward_projected(x, terms[1:], text_kv), expected) < FLOAT64
-
-
-@torch.inference_mode()
-def test_more_sequences_than_a_kernel_takes_are_attended_to_in_parts(monkeypatch: pytest.MonkeyPatch):
-    _, ours = both(TINY_UNET, torch.float64)
-    x, context = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64), torch.randn(2, 77, 16, dtype=torch.float64)
-    whole = ours(x, 7, context)
-    sizes = []
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: sizes.append(len(q)) or attention(q, k, v))
-    monkeypatch.setattr("t2v.networks.unet3d.MAX_SEQUENCES", 5)
-    assert relative_error(ours(x, 7, context), whole) < FLOAT64
-    assert max(sizes) == 5 and sizes.count(5) > 6 and 2 in sizes  # 32 pixels are 6 parts and a rest of 2
-
-
-@torch.inference_mode()
-def test_a_feed_forward_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch):
-    _, ours = both(TINY_UNET, torch.float64)
-    x, context = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64), torch.randn(2, 77, 16, dtype=torch.float64)
-    whole = ours(x, 7, context)
-    sizes = []
-    gelu = F.gelu
-    monkeypatch.setattr(F, "gelu", lambda x: sizes.append(x.numel()) or gelu(x))
-    monkeypatch.setattr("t2v.networks.unet3d.MAX_HIDDEN_VALUES_CPU", 1000)
-    assert relative_error(ours(x, 7, context), whole) < FLOAT64
-    assert max(sizes) <= 1000 and len(set(sizes)) > 2
 
 
 @torch.inference_mode()
