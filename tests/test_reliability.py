@@ -258,7 +258,7 @@ def header_bomb(folder: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [absent, truncated, flipped, not_a_number, wrong_shape, pickled, header_bomb])
 def test_bad_weights_fail_setup_in_one_line(spoil, tiny_folder: Path, tmp_path: Path):
-    from t2v import weights
+    from t2v.checkpoints import folder as weights
 
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "ms"))
     if spoil is flipped:
