@@ -91,9 +91,9 @@ def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
     """Train the adaptation and write it, in PEFT's format, to turbo/ in the model folder."""
     path = args.run / "turbo.pt"
     cuda = args.device.startswith("cuda")
+    # float32, with TF32 products: in half precision much of a small change of a weight would be rounded away.
     student = copy.deepcopy(unet)
-    if cuda:
-        student = student.bfloat16()
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(args.seed + 4)
     layers = adapt(student)
     parameters = [p for layer in layers.values() for p in layer.parameters()]
@@ -111,8 +111,7 @@ def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
     for i in range(0, args.turbo_clips, batch):
         generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + i)
         token_ids = next(source).token_ids.to(args.device)
-        side = args.unet_shape
-        noise = torch.randn((batch, *side), generator=generator, device=args.device)
+        noise = torch.randn((batch, *args.unet_shape), generator=generator, device=args.device)
         states.append(trajectories(teacher, text, token_ids, noise, GUIDANCE_SCALE, TEACHER_STEPS).half())
         ids.append(token_ids)
         log("teach", i + batch, args.turbo_clips, start)
@@ -123,12 +122,11 @@ def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
     levels = [float(alpha_bar[t]) for t in ts] + [1.0]
     alpha, sigma = [math.sqrt(a) for a in levels], [math.sqrt(1 - a) for a in levels]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    dtype = next(p for p in student.parameters() if p not in set(parameters)).dtype
 
     def predict(i: int, x: Tensor, context: Tensor) -> Tensor:
         """The clean sample that the student foresees at border i."""
         t = torch.full((len(x),), ts[i], device=x.device)
-        v = student(x.to(dtype), t, context).float()
+        v = student(x, t, context)
         return alpha[i] * x - sigma[i] * v
 
     def onwards(i: int, x: Tensor, x_0: Tensor) -> Tensor:
@@ -136,17 +134,17 @@ def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
         ratio = sigma[i + 1] / sigma[i]
         return ratio * x + (alpha[i + 1] - ratio * alpha[i]) * x_0
 
-    mean_loss = 0.0
+    mean_loss, step = 0.0, 0
     start = time.monotonic()
-    for step in range(args.turbo_steps):
-        set_learning_rate(optimizer, LEARNING_RATE * cosine(step / args.turbo_steps, 0.05))
+    while (now := max(step / args.turbo_steps, (time.monotonic() - start) / 60 / args.turbo_minutes)) < 1:
+        set_learning_rate(optimizer, LEARNING_RATE * cosine(now, 0.05))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picks = torch.randint(len(token_ids), (args.turbo_batch,), generator=generator).to(args.device)
         i = step % STEPS
         with torch.no_grad():
-            context = text.encoder(token_ids[picks]).to(dtype)
+            context = text.encoder(token_ids[picks])
             x = targets[i, picks].float()
-            if i and step > args.turbo_steps // 3 and step // STEPS % 2:  # where the student gets by itself
+            if i and now > 1 / 3 and step // STEPS % 2:  # where the student gets by itself
                 x = targets[0, picks].float()
                 for k in range(i):
                     x = onwards(k, x, predict(k, x, context))
@@ -157,9 +155,10 @@ def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mean_loss += (float(loss.detach()) - mean_loss) / min(step + 1, 40)
-        if (step + 1) % 25 == 0:
-            log("turbo", step + 1, args.turbo_steps, start, loss=mean_loss)
+        step += 1
+        if step % 25 == 0:
+            mean_loss += (float(loss.detach()) - mean_loss) / min(step // 25, 8)
+            log("turbo", step, args.turbo_steps, start, loss=mean_loss, done=now)
     save({name: layer.state_dict() for name, layer in layers.items()}, path)
     write(layers, args.out / "turbo")
 

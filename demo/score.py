@@ -1,191 +1,118 @@
 """Score the demo model: make videos for prompts of its world with fresh seeds, and read what they show off the pixels.
 
-    python scripts/score_demo.py --prompts 100
+    python -m demo.score --prompts 200
+    python -m demo.score --prompts 100 --held-out        # pairs of colour and shape that no training clip shows
+    python -m demo.score --source autoencoder            # the renderer's clips through the autoencoder alone
+    python -m demo.score --source renderer               # the readers on the renderer's own clips
 
-Nothing of the reading knows the prompt: the background is the colour of the frame's border, the object what differs
-from it, its colour the nearest in hue, its shape the best overlap with the world's outlines, its motion the trend of
-its centre and width. Prints a line per prompt, a table, and one line of JSON.
+Two readers that share no code read every video; see `demo.read`. Prints a line per prompt, a table, and one line of
+JSON.
 """
 
 import argparse
 import json
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import demo_world as world
+from demo import read, world
 from t2v.engine import Engine
 from t2v.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a video shows; None where nothing can be read.
-
-    Attributes:
-        travel: of the centre from the first to the last frame, as a share of the frame's side.
-        growth: width in the last frames over width in the first.
-    """
-
-    colour: str | None
-    shape: str | None
-    motion: str | None
-    background: str | None
-    travel: float = 0.0
-    growth: float = 1.0
-
-
-def read(video: np.ndarray) -> Reading:
-    """Read a video (F, H, W, 3) uint8."""
-    pixels = video.astype(float)
-    side = pixels.shape[1]
-    edges = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])
-    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
-    ground = np.median(border, axis=0)
-    background = min(world.BACKGROUNDS, key=lambda name: np.abs(ground - world.BACKGROUNDS[name]).sum())
-    masks = np.abs(pixels - ground).max(axis=-1) > 60
-    tracked = [(i, *_extent(mask)) for i, mask in enumerate(masks) if mask.sum() >= 20]
-    if len(tracked) < len(video) // 2:
-        return Reading(None, None, None, background)
-
-    fore = np.concatenate([frame[_inner(mask)] for frame, mask in zip(pixels, masks)])
-    if not len(fore):
-        return Reading(None, None, None, background)
-    colour = min(world.COLOURS, key=lambda name: _colour_distance(np.median(fore, axis=0), world.COLOURS[name]))
-    votes = [_shape(masks[i]) for i, *_ in tracked]
-    shape = max(world.SHAPES, key=votes.count)
-
-    t = np.array([i for i, *_ in tracked]) / (len(video) - 1)
-    x, y, width = (np.array(values) for values in list(zip(*tracked))[1:])
-    dx, dy, dw = (np.polyfit(t, values, 1)[0] for values in (x, y, width))
-    first, last = np.median(width[:3]), np.median(width[-3:])
-    travel, growth = float(np.hypot(dx, dy) / side), float(last / first)
-    if travel > 0.2 and travel * side > abs(dw) / 2:
-        motion = (
-            ("moving right" if dx > 0 else "moving left")
-            if abs(dx) > abs(dy)
-            else ("moving down" if dy > 0 else "moving up")
-        )
-    elif growth > 1.5 or growth < 1 / 1.5:
-        motion = "growing" if growth > 1 else "shrinking"
-    else:
-        motion = None
-    return Reading(colour, shape, motion, background, travel, growth)
-
-
-def _extent(mask: np.ndarray) -> tuple[float, float, float]:
-    """Centre x, y and width of the pixels that are set; the width of the disc of equal area is robust to specks."""
-    rows, columns = np.nonzero(mask)
-    return float(np.median(columns)), float(np.median(rows)), float(2 * np.sqrt(mask.sum() / np.pi))
-
-
-def _inner(mask: np.ndarray) -> np.ndarray:
-    """The mask without its outline, where colours mix."""
-    inner = mask.copy()
-    inner[1:] &= mask[:-1]
-    inner[:-1] &= mask[1:]
-    inner[:, 1:] &= mask[:, :-1]
-    inner[:, :-1] &= mask[:, 1:]
-    return inner
-
-
-def _colour_distance(a: np.ndarray, b: tuple[int, int, int]) -> float:
-    """Distance of two colours' directions: brightness hardly counts, hue does."""
-    u, v = a / (np.linalg.norm(a) + 1e-6), np.array(b) / np.linalg.norm(b)
-    return float(np.linalg.norm(u - v) + 0.1 * abs(np.linalg.norm(a) - np.linalg.norm(b)) / 255)
-
-
-def _shape(mask: np.ndarray) -> str:
-    """The outline, at the best place and size, that overlaps most."""
-    x, y, _ = _extent(mask)
-    rows, columns = np.nonzero(mask)
-    half = (np.percentile(columns, 98) - np.percentile(columns, 2)) / 2 + 0.5
-    size = torch.arange(len(mask)) + 0.5
-    target = torch.from_numpy(mask)
-
-    def overlap(name: str) -> float:
-        best = 0.0
-        for radius in (0.85 * half, 0.95 * half, 1.05 * half, 1.15 * half):
-            for shift_y in (-2, 0, 2, 4):
-                for shift_x in (-1, 1):
-                    px = (size[None] - (x + 0.5 + shift_x)).expand(len(mask), -1)
-                    py = ((y + 0.5 + shift_y) - size[:, None]).expand(-1, len(mask))
-                    drawn = world.signed_distance(name, px, py, torch.tensor(float(radius))) < 0
-                    best = max(best, float((drawn & target).sum() / (drawn | target).sum()))
-        return best
-
-    return max(world.SHAPES, key=overlap)
+READERS = {"by outline": read.by_outline, "by ratios": read.by_ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--weights", default=str(ROOT / "weights" / "demo"))
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--source", choices=("model", "autoencoder", "renderer"), default="model")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--held-out", action="store_true", help="pairs of colour and shape left out of training")
     parser.add_argument("--seed", type=int, default=1000, help="draws the prompts, and the videos' seeds from it on")
     parser.add_argument("--num-inference-steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, help="the model's own if omitted")
-    parser.add_argument("--filmstrip", type=Path, help="a PNG of every fourth frame, a row per prompt, as it goes")
+    parser.add_argument("--preset", default="quality")
+    parser.add_argument("--filmstrip", type=Path, help="a PNG of every third frame, a row per prompt, as it goes")
     args = parser.parse_args()
 
-    engine = Engine.load(args.weights)
-    generator = torch.Generator().manual_seed(args.seed)
-    right = dict.fromkeys(("colour", "shape", "motion", "background"), 0)
+    engine = None if args.source == "renderer" else Engine.load(args.weights)
+    clips = world.random_clips(args.prompts, torch.Generator().manual_seed(args.seed), args.held_out or None)
+    right = {reader: dict.fromkeys((*world.ATTRIBUTES, "all four"), 0) for reader in READERS}
+    figures: list[read.Crispness] = []
     strips: list[np.ndarray] = []
-    travels: list[float] = []
-    growths: list[float] = []
     started = time.perf_counter()
     for i in range(args.prompts):
-        told = dict(zip(right, (clip := world.random_clip(generator)).words()))
-        request = Request(
-            clip.sentence(),
-            seed=args.seed + i,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-        )
-        video = np.concatenate(list(engine.generate(request)))
-        found = read(video)
-        wrong = [f"{name} {getattr(found, name)}" for name in right if getattr(found, name) != told[name]]
-        for name in right:
-            right[name] += getattr(found, name) == told[name]
-        if found.motion == told["motion"]:
-            if "moving" in told["motion"]:
-                travels.append(found.travel)
-            else:
-                growths.append(max(found.growth, 1 / found.growth))
-        print(f"{i + 1:4}/{args.prompts} {request.prompt}: {', '.join(wrong) or 'right'}", flush=True)
+        told = dict(zip(world.ATTRIBUTES, clips.words(i)))
+        prompt = world.sentence(*clips.words(i))
+        if args.source == "model":
+            assert engine
+            request = Request(
+                prompt,
+                seed=args.seed + i,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                preset=args.preset,
+            )
+            video = np.concatenate(list(engine.generate(request)))
+        else:
+            video = drawn(clips, i)
+            if engine:
+                video = np.concatenate(list(engine.vae.decode(engine.vae.encode(video))))
+        wrong = []
+        for reader, reading in READERS.items():
+            found = reading(video)
+            amiss = [name for name in told if getattr(found, name) != told[name]]
+            for name in told:
+                right[reader][name] += name not in amiss
+            right[reader]["all four"] += not amiss
+            wrong += [f"{name} {getattr(found, name)} ({reader})" for name in amiss]
+        figures.append(read.crispness(video, told["background"], told["colour"]))
+        print(f"{i + 1:4}/{args.prompts} {prompt}: {', '.join(wrong) or 'right'}", flush=True)
         if args.filmstrip:
-            strips.append(np.concatenate(list(video[::4]) + [video[-1]], axis=1))
-            save_png(np.concatenate(strips), args.filmstrip)
+            strips.append(np.concatenate(list(video[::3]), axis=1))
+            Image.fromarray(np.concatenate(strips)).save(args.filmstrip)
 
-    seconds = (time.perf_counter() - started) / args.prompts
-    shares = {name: count / args.prompts for name, count in right.items()}
-    for name, share in shares.items():
-        print(f"{name:12} {share:6.1%}")
-    summary = shares | {
+    summary = {
+        "source": args.source,
         "prompts": args.prompts,
+        "held_out": args.held_out,
         "seed": args.seed,
         "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale or engine.guidance_scale,
-        "median_travel": round(float(np.median(travels)), 3) if travels else None,
-        "median_growth": round(float(np.median(growths)), 3) if growths else None,
-        "seconds_per_video": round(seconds, 2),
+        "seconds_per_video": round((time.perf_counter() - started) / args.prompts, 2),
+        "right": {r: {name: count / args.prompts for name, count in counts.items()} for r, counts in right.items()},
+        "crispness": summarise(figures),
     }
+    print(f"{'':12}" + "".join(f"{reader:>12}" for reader in READERS))
+    for name in (*world.ATTRIBUTES, "all four"):
+        print(f"{name:12}" + "".join(f"{right[reader][name] / args.prompts:12.1%}" for reader in READERS))
+    for name, value in summary["crispness"].items():
+        print(f"{name.replace('_', ' '):44} {value:.4g}")
     print(json.dumps(summary))
 
 
-def save_png(image: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8."""
-    from PIL import Image
+def drawn(clips: world.Clips, i: int) -> np.ndarray:
+    """The renderer's clip i, (F, H, W, 3) uint8."""
+    pixels, _ = world.render(clips[i : i + 1])
+    return ((pixels[0].permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
-    Image.fromarray(image).save(path)
+
+def summarise(figures: list[read.Crispness]) -> dict[str, float]:
+    """Of all videos: means of shares; medians, and nine-in-ten bounds, of what moves."""
+    hue = np.concatenate([one.hue_steps for one in figures])
+    area = np.concatenate([one.area_errors for one in figures])
+    return {
+        "background_share_within_6": float(np.mean([one.background for one in figures])),
+        "hue_step_median_degrees": float(np.median(hue)),
+        "hue_step_90_percent_degrees": float(np.percentile(hue, 90)),
+        "hue_range_median_degrees": float(np.median([one.hue_range for one in figures])),
+        "area_error_median": float(np.median(area)),
+        "area_error_90_percent": float(np.percentile(area, 90)),
+        "frames_without_specks": float(np.mean([one.without_specks for one in figures])),
+    }
 
 
 if __name__ == "__main__":

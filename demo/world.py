@@ -75,6 +75,9 @@ class Clips:
     def __len__(self) -> int:
         return len(self.colour)
 
+    def __getitem__(self, index: slice) -> "Clips":
+        return Clips(*(getattr(self, field.name)[index] for field in fields(self)))
+
     def words(self, i: int) -> tuple[str, str, str, str]:
         """Colour, shape, motion and background of clip i."""
         colour, shape, motion, background = (values[int(getattr(self, name)[i])] for name, values in ATTRIBUTES.items())
