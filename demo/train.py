@@ -436,8 +436,12 @@ class Pool:
         filling = captions(args, text, self.batch, args.seed + 2)
         while self.place < args.pool // self.batch * self.batch:
             self.add(next(filling))
-        self.place = 0
-        self.fresh = captions(args, text, args.fresh, args.seed + 3, first) if args.fresh else None
+        # A resumed run adds what an unbroken one would still hold.
+        again = max(0, first - args.pool // args.fresh)
+        self.place = again * args.fresh % args.pool
+        self.fresh = captions(args, text, args.fresh, args.seed + 3, again)
+        for _ in range(again, first):
+            self.add(next(self.fresh))
         log("pool", args.pool, args.pool, start, std=float(self.latents[:1024].float().std()))
 
     @torch.no_grad()
@@ -513,8 +517,7 @@ def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet
         # Seeded by the step, so that a resumed run draws what an unbroken one would have drawn.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         noise_generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
-        if pool.fresh:
-            pool.add(next(pool.fresh))
+        pool.add(next(pool.fresh))
         stills = now < args.still_steps / args.unet_steps or step % 8 == 0
         n = args.still_batch if stills else args.batch
         x_0, mask, token_ids = pool.draw(n, stills, generator)

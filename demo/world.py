@@ -203,7 +203,7 @@ def path(clips: Clips, frames: Sequence[int] | None = None) -> tuple[Tensor, Ten
     size, speed, along, across = (v[:, None] for v in (clips.size, clips.speed, clips.along, clips.across))
     motion = clips.motion[:, None]
 
-    travel = (32 + 8 * speed) * (u - 0.5) + 2 * along
+    travel = (32 + 8 * speed) * (u - 0.5) + along
     orbit, angle = 13 + 4 * speed, 2 * math.pi * turn
     height = 26 + 6 * speed
     hop = turn % 1
