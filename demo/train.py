@@ -534,7 +534,8 @@ def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet
         v = a.sqrt() * eps - (1 - a).sqrt() * x_0
         with contextlib.ExitStack() as stack:
             # The sequences are short: both are faster than what torch would choose.
-            stack.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if cuda else SDPBackend.MATH))
+            backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if cuda else [SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(backends, set_priority=True))
             if not cuda:
                 stack.enter_context(half_precision(args.device))
             prediction = network(x_t.to(x_0.dtype), t, context)
