@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from random_weights import SCHEDULER as MS_SCHEDULER
+from bench.random_weights import SCHEDULER as MS_SCHEDULER
 from t2v.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from conftest import randomise
-from random_weights import VAE
+from bench.random_weights import VAE
 from t2v.autoencoder import Autoencoder, AutoencoderConfig
 from t2v.convolution import fold
 from t2v.errors import WeightsError

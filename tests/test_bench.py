@@ -1,11 +1,11 @@
-"""scripts/bench.py: its arms make the same video, and it would notice if they did not."""
+"""bench/bench.py: its arms make the same video, and it would notice if they did not."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-import bench
+from bench import bench
 from t2v.request import Request
 
 REQUEST = Request("a red circle", num_frames=3, num_inference_steps=2, seed=0)

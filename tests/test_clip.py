@@ -6,7 +6,7 @@ from transformers import CLIPTextConfig as Reference
 from transformers import CLIPTextModel
 
 from conftest import randomise
-from random_weights import TEXT
+from bench.random_weights import TEXT
 from t2v.clip import CLIPText, CLIPTextConfig
 from t2v.errors import WeightsError
 

@@ -1,6 +1,6 @@
 """Write a model folder of the 1.7B model's full size with random weights: for speed, memory and load times.
 
-    python scripts/random_weights.py weights/ms-1.7b-random
+    python -m bench.random_weights weights/ms-1.7b-random
 
 Names, shapes and configs are the published ones; 3.7 GB in float16. Every layer that training starts from zero is
 random too, so that no arithmetic is trivially skipped.
@@ -9,7 +9,6 @@ random too, so that no arithmetic is trivially skipped.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from t2v.networks import empty
+from t2v.weights import NETWORKS
 
-from t2v.networks import empty  # noqa: E402
-from t2v.weights import NETWORKS  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 UNET: dict[str, Any] = {
     "_class_name": "UNet3DConditionModel",
@@ -93,9 +91,10 @@ def main() -> None:
     write(args.out, args.seed)
 
 
-def write(out: Path, seed: int = 0) -> None:
-    """Write the folder; one network is in memory at a time, 2.8 GB at most."""
-    generator = torch.Generator().manual_seed(seed)
+def write(out: Path, seed: int = 0, device: str = "cpu") -> None:
+    """Write the folder; one network is in memory at a time, 2.8 GB at most. Each kind of device draws its own values,
+    a GPU within a second."""
+    generator = torch.Generator(device).manual_seed(seed)
     for network, config in {"unet": UNET, "vae": VAE, "text_encoder": TEXT}.items():
         _network(out / network, config, empty(network, config), generator)
     _json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -108,12 +107,12 @@ def _network(folder: Path, config: dict[str, Any], module: nn.Module, generator:
     state = {}
     prefix = "text_model." if folder.name == "text_encoder" else ""  # version 4 of transformers wants it
     for name, p in module.named_parameters():
-        value = torch.empty(p.shape, dtype=torch.float16)
+        value = torch.empty(p.shape, dtype=torch.float16, device=generator.device)
         scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.02
         value.normal_(0, scale, generator=generator)
         if p.ndim == 1 and name.endswith("weight"):  # of a norm
             value += 1
-        state[prefix + name] = value
+        state[prefix + name] = value.cpu()
     _json(folder / "config.json", config)
     save_file(state, folder / f"{NETWORKS[folder.name]}.safetensors", metadata={"format": "pt"})
 

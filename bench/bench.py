@@ -1,11 +1,11 @@
 """Time this engine against diffusers' stock pipeline: same weights, same noise, same steps, rounds interleaved.
 
-    python scripts/bench.py --model demo
-    python scripts/bench.py --model ms-1.7b-random --frames 8 --size 128 --steps 1 --rounds 5
-    python scripts/bench.py --model demo --sweep frames=8,16,32,64,128 --plot docs/frames.svg
-    python scripts/bench.py --model demo --sweep frames=32,64,128,256 --window 16
-    python scripts/bench.py --model ms-1.7b-random --setup
-    python scripts/bench.py --model demo --steps 5 --profile
+    python -m bench.bench --model demo
+    python -m bench.bench --model ms-1.7b-random --frames 8 --size 128 --steps 1 --rounds 5
+    python -m bench.bench --model demo --sweep frames=8,16,32,64,128 --plot docs/frames.svg
+    python -m bench.bench --model demo --sweep frames=32,64,128,256 --window 16
+    python -m bench.bench --model ms-1.7b-random --setup
+    python -m bench.bench --model demo --steps 5 --profile
 
 Arms: `stock` is TextToVideoSDPipeline as a user would run it, with DPM-Solver++ 2M, and diffusers' export_to_video;
 `ours` is Engine and write_video; on CUDA both also with torch.compile. Each is a process of its own; they take turns.
@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench import random_weights
+from t2v import memory
+from t2v.engine import MOST_AT_ONCE, Engine
+from t2v.request import Request
+from t2v.video import write_video
 
-from t2v import memory  # noqa: E402
-from t2v.engine import MOST_AT_ONCE, Engine  # noqa: E402
-from t2v.request import Request  # noqa: E402
-from t2v.video import write_video  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PROMPT = "a red circle moving right on a black background"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision
@@ -151,6 +151,12 @@ def ours(
     engine = Engine.load(folder, device, dtype, compile=compiled)
     if warm:
         engine.warm_up()  # as the server's setup does
+    return engine_arm(engine, window)
+
+
+def engine_arm(engine: Engine, window: int | None = None) -> Arm:
+    """An arm of an engine that is loaded."""
+    device = str(engine.device)
 
     def run(request: Request) -> Run:
         request = dataclasses.replace(request, window=window)
@@ -185,7 +191,6 @@ def ours(
 
 def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
     from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
-    from diffusers.utils import export_to_video
 
     precision = getattr(torch, settled(dtype, device))
     pipeline = TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=precision).to(device)
@@ -193,7 +198,14 @@ def stock(folder: Path, device: str, dtype: str, compiled: bool = False) -> Arm:
     pipeline.set_progress_bar_config(disable=True)
     if compiled:
         pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True, dynamic=False)
-    guidance = json.loads((folder / "model_index.json").read_text()).get("_t2v_guidance_scale", 9.0)
+    return pipeline_arm(pipeline, json.loads((folder / "model_index.json").read_text()).get("_t2v_guidance_scale", 9.0))
+
+
+def pipeline_arm(pipeline: Any, guidance: float) -> Arm:
+    """An arm of a diffusers pipeline that is loaded."""
+    from diffusers.utils import export_to_video
+
+    device, precision = str(pipeline.device), pipeline.unet.dtype
     factor, native = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
 
     def run(request: Request) -> Run:
@@ -398,7 +410,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder = ROOT / "weights" / args.model if args.model in ("demo", "ms-1.7b-random") else Path(args.model)
     if args.model == "ms-1.7b-random" and not folder.exists():
-        subprocess.run([sys.executable, ROOT / "scripts" / "random_weights.py", folder], check=True)
+        random_weights.write(folder)
 
     if args.setup:
         result = compare_setup(folder, args.device, args.dtype, args.rounds)
