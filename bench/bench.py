@@ -297,20 +297,25 @@ def compare(
             base = runs["stock"]
             ratios = [a.seconds["total"] / b.seconds["total"] for a, b in zip(base, made)]
             if exact is not None:
-                result[name]["error_to_float32"] = _error(made[0].latents, exact)
-            mse = np.square(made[0].frames.astype(float) - base[0].frames).mean()
+                result[name]["error_to_float32"] = error(made[0].latents, exact)
             result[name] |= {
                 "times_as_fast": statistics.median(ratios),
-                "latents_error": _error(made[0].latents, base[0].latents),
-                "frames_psnr": float(10 * np.log10(255**2 / mse)) if mse else float("inf"),
+                "latents_error": error(made[0].latents, base[0].latents),
+                "frames_psnr": psnr(made[0].frames, base[0].frames),
             }
             if not name.startswith("ours") or request.num_frames <= MOST_AT_ONCE:
                 result[name]["gate"] = passes(result[name], result["stock"])
     return result
 
 
-def _error(a: np.ndarray, b: np.ndarray) -> float:
+def error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a.astype(float) - b) / np.linalg.norm(b.astype(float)))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of uint8 frames, in dB."""
+    mse = np.square(a.astype(float) - b).mean()
+    return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
 
 
 def passes(made: dict[str, float], stock: dict[str, float]) -> bool:
@@ -348,41 +353,55 @@ def stock_flops(folder: Path, request: Request) -> float:
     return float(counter.get_total_flops())
 
 
-# What a fresh process imports and does until the model is ready.
+# What a fresh process imports, does until the model is ready, and does for a video.
 SETUP = {
     "stock": (
         "import torch; from diffusers import TextToVideoSDPipeline",
-        "TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)",
+        "model = TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)",
+        "model(prompt, num_frames=frames, num_inference_steps=steps).frames",
     ),
-    "ours": ("import torch; from t2v.engine import Engine", "Engine.load(folder, device, dtype)"),
+    "ours": (
+        "import torch; from t2v.engine import Engine; from t2v.request import Request",
+        "model = Engine.load(folder, device, dtype)",
+        "list(model.generate(Request(prompt, num_frames=frames, num_inference_steps=steps, seed=0)))",
+    ),
 }
 SETUP_PROGRAM = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
-root, imports, load, folder, device, dtype = sys.argv[1:]
-sys.path.insert(0, root)
-start = time.perf_counter(); exec(imports)
-imported = time.perf_counter(); exec(load)
-if device.startswith("cuda"): torch.cuda.synchronize()
-ready = time.perf_counter()
-print(json.dumps({"import": imported - start, "load": ready - imported, "ready": ready - start}))
+imports, load, ask, folder, device, dtype, prompt, frames, steps = sys.argv[1:]
+frames, steps = int(frames), int(steps)
+marks = [time.perf_counter()]
+for code in [imports, load] + [ask] * (2 if steps else 0):
+    exec(code)
+    if device.startswith("cuda"): torch.cuda.synchronize()
+    marks.append(time.perf_counter())
+seconds = dict(zip(("import", "load", "first", "second"), (b - a for a, b in zip(marks, marks[1:]))))
+print(json.dumps(seconds | {"ready": marks[2] - marks[0]}))
 """
 
 
-def compare_setup(folder: Path, device: str, dtype: str, rounds: int) -> dict[str, dict[str, float]]:
+def compare_setup(
+    folder: Path, device: str, dtype: str, rounds: int, frames: int = 16, steps: int = 0
+) -> dict[str, dict[str, float]]:
     """Median seconds of importing, of loading and of both, arms interleaved, files in the page cache, a process for
-    each. They are compared by both: ours imports most of what it needs while it loads."""
+    each. They are compared by both: ours imports most of what it needs while it loads.
+
+    Args:
+        steps: of a first and a second video, which are timed too; none if 0.
+    """
     dtype = settled(dtype, device)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETUP}
     for i in range(1 + rounds):
         for name in list(SETUP) if i % 2 == 0 else list(reversed(SETUP)):
-            program = [sys.executable, "-c", SETUP_PROGRAM, str(ROOT), *SETUP[name], str(folder), device, dtype]
-            done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
+            program = [sys.executable, "-c", SETUP_PROGRAM, *SETUP[name], str(folder), device, dtype, PROMPT]
+            program += [str(frames), str(steps if i else 0)]
+            done = subprocess.run(program, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             if i:  # the first round fills the page cache
                 runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     result = {}
     for name, made in runs.items():
-        result[name] = {stage: statistics.median(run[stage] for run in made) for stage in ("import", "load", "ready")}
+        result[name] = {stage: statistics.median(run[stage] for run in made) for stage in made[0]}
         result[name]["times_as_fast"] = statistics.median(a["ready"] / b["ready"] for a, b in zip(runs["stock"], made))
         shown = "".join(f"{stage.replace('_', ' '):>15} {value:7.2f}" for stage, value in result[name].items())
         print(f"{name:9}{shown}", flush=True)

@@ -11,12 +11,14 @@ again without --again. OUT/tables.md has the tables for docs/performance.md.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -26,10 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import bench, kernels, levers, random_weights
-from bench.lab import Lab, markdown, milliseconds, wall_milliseconds
+from bench.lab import Lab, markdown, milliseconds, relative_error, wall_milliseconds
+from t2v.engine import MARGIN
+from t2v.request import Request
+from t2v.video import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_cuda.py", "tests/test_graph.py", "tests/test_unet3d.py", "tests/test_autoencoder.py")
@@ -236,6 +242,175 @@ def layers_table(result: Result) -> list[str]:
     return markdown(result.get("rows", []), columns)
 
 
+@torch.inference_mode()
+def gates(lab: Lab, result: Result) -> None:
+    """Errors against our float32 without TF32, which equals stock's to 1e-6: of single predictions, of the latents
+    after some steps, of the frames."""
+    request = lab.request(steps=10)
+    timesteps = (900, 500, 100)
+    with levers.tf32(False):
+        steps = {t: lab.step(lab.exact, request, t) for t in timesteps}
+        exact = {t: step.network(lab.exact.unet) for t, step in steps.items()}
+        made = {"float32": bench.engine_arm(lab.exact)(request)}
+    lab.drop("exact")
+    rows: dict[str, Result] = {"ours": {}, "stock": {}}
+    for t, expected in exact.items():
+        step = lab.step(lab.engine, request, t)
+        rows["ours"][f"prediction_at_{t}"] = relative_error(step.network(lab.engine.unet), expected)
+        pair = step.latents.to(lab.dtype).expand(2, -1, -1, -1, -1)
+        predicted = lab.pipeline.unet(pair, t, encoder_hidden_states=step.context).sample
+        rows["stock"][f"prediction_at_{t}"] = relative_error(predicted, expected)
+    made |= {
+        "ours": bench.engine_arm(lab.engine)(request),
+        "stock": bench.pipeline_arm(lab.pipeline, lab.guidance_scale)(request),
+    }
+    for name, row in rows.items():
+        row["latents"] = bench.error(made[name].latents, made["float32"].latents)
+        row["frames_psnr"] = bench.psnr(made[name].frames, made["float32"].frames)
+    found = [{"arm": name} | row for name, row in rows.items()]
+    errors = [key for key in rows["ours"] if key != "frames_psnr"]
+    most = max(rows["ours"][key] / max(rows["stock"][key], 1e-5) for key in errors)  # in float32 both are exact
+    result |= {
+        "rows": found,
+        "steps": request.num_inference_steps,
+        "ours_to_stock": most,
+        "passes": most <= bench.MOST_HALF,
+    }
+
+
+def gates_table(result: Result) -> list[str]:
+    rows = result.get("rows", [])
+    columns = {"arm": ""} | {
+        key: ".1f" if key == "frames_psnr" else ".2e" for key in (rows[0] if rows else {}) if key != "arm"
+    }
+    return [*markdown(rows, columns), "", f"Ours to stock's, at most: {result.get('ours_to_stock')}."]
+
+
+def sweep(lab: Lab, result: Result) -> None:
+    """Frames and sizes: seconds for a step, and the memory planned and measured. Ours, then stock."""
+    cases = [(frames, 256) for frames in (8, 16, 32, 64, 128)] + [(16, 384), (16, 512), (24, 576)]
+    rows = result["rows"] = []
+    ours, stock = bench.engine_arm(lab.engine), bench.pipeline_arm(lab.pipeline, lab.guidance_scale)
+    for frames, size in cases[:1] if lab.rehearsal else cases:
+        request = lab.request(frames, size, steps=6)
+        if size == 576:
+            request = dataclasses.replace(request, width=576, height=320)
+        lab.engine.release()
+        row: Result = {
+            "frames": frames,
+            "size": f"{request.width}x{request.height}",
+            "planned_gib": planned(lab, request),
+        }
+        rows.append(row)
+        for name, arm in (("ours", ours), ("stock", stock)):
+            memory_reset(lab)
+            before = torch.cuda.memory_allocated() / 2**30 if lab.cuda else 0.0
+            start = time.perf_counter()
+            arm(request)
+            row[f"{name}_first_s"] = time.perf_counter() - start
+            made = arm(request)
+            row[f"{name}_peak_gib"] = memory_peak(lab) - before
+            row[f"{name}_ms_per_step"] = made.seconds["denoise"] / request.num_inference_steps * 1e3
+            row[f"{name}_decode_s"] = made.seconds["decode"] + made.seconds["encode"]
+            lab.engine.release()
+        row["times_as_fast"] = row["stock_ms_per_step"] / row["ours_ms_per_step"]
+        print(
+            "  ",
+            {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()},
+            flush=True,
+        )
+
+
+def planned(lab: Lab, request: Request) -> float:
+    """GiB beside the weights that the engine's memory plan counts with."""
+    engine = lab.engine
+    plan = engine.plan(request)
+    height, width = engine.size(request)
+    shape = (
+        1,
+        engine.vae.channels,
+        engine.timeline(request).size,
+        height // engine.vae.factor,
+        width // engine.vae.factor,
+    )
+    chunk = min(request.num_frames, engine.vae.at_once(height, width, plan.chunk_pixels))
+    return MARGIN * (engine.unet.workspace(2, shape) + engine.vae.workspace(chunk, height, width)) / 2**30
+
+
+def sweep_table(result: Result) -> list[str]:
+    columns = {"frames": "", "size": ""} | dict.fromkeys(
+        ("ours_ms_per_step", "stock_ms_per_step", "times_as_fast"), ".2f"
+    )
+    columns |= dict.fromkeys(
+        ("planned_gib", "ours_peak_gib", "stock_peak_gib", "ours_decode_s", "stock_decode_s"), ".2f"
+    )
+    return markdown(result.get("rows", []), columns | {"ours_first_s": ".2f"})
+
+
+def overlap(lab: Lab, result: Result) -> None:
+    """Seconds of decoding, of encoding with verification, and of both while one waits for the other."""
+    rows = result["rows"] = []
+    for frames in (2,) if lab.rehearsal else (16, 64, 128):
+        latents = lab.engine.noise(lab.request(frames))
+        row: Result = {"frames": frames}
+        made: list[np.ndarray] = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.mp4"
+            for _ in range(2):  # the first warms up
+                start = time.perf_counter()
+                made = list(lab.engine.vae.decode(latents))
+                decoded = time.perf_counter()
+                write_video(path, made, 8, {})
+                encoded = time.perf_counter()
+                write_video(path, lab.engine.vae.decode(latents), 8, {})
+                both = time.perf_counter()
+            row |= {"decode_s": decoded - start, "encode_s": encoded - decoded, "together_s": both - encoded}
+        rows.append(row)
+
+
+def overlap_table(result: Result) -> list[str]:
+    return markdown(result.get("rows", []), {"frames": "", "decode_s": ".3f", "encode_s": ".3f", "together_s": ".3f"})
+
+
+def setup(lab: Lab, result: Result) -> None:
+    """Fresh processes: imports, loading, the first video and the second."""
+    steps, frames, rounds = (1, 1, 1) if lab.rehearsal else (10, 16, 2)
+    result |= bench.compare_setup(lab.folder, lab.device, "auto", rounds, frames, steps)
+
+
+def setup_table(result: Result) -> list[str]:
+    columns = {"arm": ""} | dict.fromkeys(("import", "load", "ready", "first", "second", "times_as_fast"), ".2f")
+    return markdown([{"arm": name} | row for name, row in result.items()], columns)
+
+
+def compiled_table(result: Result) -> list[str]:
+    columns = {"mode": "", "compile_s": ".1f", "ms": ".3f", "wall_ms": ".3f", "error_to_float32": ".2e", "failed": ""}
+    return markdown(result.get("rows", []), columns)
+
+
+def compiled_stock(lab: Lab, result: Result) -> None:
+    """The default request by stock whose network is compiled, as diffusers' documentation advises."""
+    pipeline = lab.pipeline
+    eager = pipeline.unet
+    mode = "default" if lab.rehearsal else "max-autotune"
+    try:
+        pipeline.unet = torch.compile(eager, mode=mode, fullgraph=True, dynamic=False)
+        arm = bench.pipeline_arm(pipeline, lab.guidance_scale)
+        request = dataclasses.replace(lab.request(), width=None, height=None)
+        start = time.perf_counter()
+        arm(dataclasses.replace(request, num_inference_steps=2))
+        result["compile_s"] = time.perf_counter() - start
+        result["runs"] = [arm(request).seconds for _ in range(1 if lab.rehearsal else 4)]
+    finally:
+        pipeline.unet = eager
+
+
+def compiled_stock_table(result: Result) -> list[str]:
+    runs = [{"run": str(i)} | run for i, run in enumerate(result.get("runs", []), 1)]
+    columns = {"run": ""} | dict.fromkeys(("total", "text", "denoise", "decode", "encode"), ".3f")
+    return [f"Compiled in {result.get('compile_s')} s.", "", *markdown(runs, columns)]
+
+
 PARTS = {
     "env": Part(env, 30, env_table),
     "weights": Part(write_weights, 60),
@@ -244,6 +419,12 @@ PARTS = {
     "profile": Part(profile, 40, profile_table),
     "micro": Part(levers.time_layers, 40, layers_table),
     "levers": Part(levers.try_levers, 60, levers_table),
+    "gates": Part(gates, 40, gates_table),
+    "sweep": Part(sweep, 60, sweep_table),
+    "overlap": Part(overlap, 20, overlap_table),
+    "setup": Part(setup, 120, setup_table),
+    "compile": Part(levers.compile_network, 240, compiled_table, default=False),
+    "compiled-stock": Part(compiled_stock, 420, compiled_stock_table, default=False),
 }
 
 
@@ -349,7 +530,7 @@ def tables(results: dict[str, Result], short: bool = False) -> list[str]:
     return lines
 
 
-SHORT = ("env", "default", "levers")
+SHORT = ("env", "default", "levers", "gates", "sweep", "overlap", "setup")
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.lab import Lab, Step, milliseconds, relative_error
+from bench.lab import Lab, Step, milliseconds, relative_error, wall_milliseconds
 from t2v import unet3d
 from t2v.convolution import Upsample
+from t2v.engine import Engine
 from t2v.unet3d import Attention, FeedForward, ResBlock, TemporalConv, TemporalConvs, UNet3D
 
 Lever = Callable[[UNet3D], AbstractContextManager[Any]]
@@ -134,35 +135,11 @@ def temporal_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
 
 
-def temporal_by_conv2d_packed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As in the engine, but with the weight copied to channels last before."""
-    return F.conv2d(x, weight[..., 0].contiguous(memory_format=torch.channels_last), bias, padding=(1, 0))
-
-
 def temporal_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Lever:
     def forward(self: TemporalConv, image: Tensor) -> Tensor:
         return function(image, self.weight, self.bias)
 
     return lambda unet: patch.object(TemporalConv, "forward", forward)
-
-
-@contextlib.contextmanager
-def conv_weights_channels_last(unet: UNet3D) -> Iterator[None]:
-    """Every convolution's weight copied to channels last once, before the network runs."""
-    before = {}
-    for module in unet.modules():
-        if isinstance(module, TemporalConv):
-            before[module] = module.weight.data
-            packed = module.weight.data[..., 0].contiguous(memory_format=torch.channels_last)
-            module.weight.data = packed.unsqueeze(-1)
-        elif isinstance(module, nn.Conv2d):
-            before[module] = module.weight.data
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        for module, weight in before.items():
-            module.weight.data = weight
 
 
 # Linear layers.
@@ -217,7 +194,6 @@ LEVERS: dict[str, Lever] = {
     "group norm by sums": norms_by(group_norm_by_sums),
     "group norm by moments": norms_by(group_norm_by_moments),
     "group norm + SiLU in Triton": fused_norms,
-    "convolution weights channels last": conv_weights_channels_last,
     "temporal convolution as three products": temporal_by(temporal_by_products),
     "temporal convolution as one product": temporal_by(temporal_by_patches),
     "upsampling interpolated": upsampling_interpolated,
@@ -289,22 +265,24 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
     measured("all that gained, together", together)
     measured("as it is, once more", LEVERS["as it is"])
 
-    brain = lab.exact.unet
     exactly = lab.step(lab.exact, request)
     for name, allowed in (("float32", False), ("float32 with TF32", True)):
-
-        @contextlib.contextmanager
-        def tf32(unet: UNet3D, allowed: bool = allowed) -> Iterator[None]:
-            with attribute(matmul, "allow_tf32", allowed), attribute(torch.backends.cudnn, "allow_tf32", allowed):
-                yield
-
-        measured(name, tf32, brain, exactly)
+        measured(name, lambda unet, allowed=allowed: tf32(allowed), lab.exact.unet, exactly)
     lab.drop("exact")
+    brain = Engine.load(lab.folder, lab.device, "bfloat16")
+    measured("bfloat16", LEVERS["as it is"], brain.unet, lab.step(brain, request))
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 may be multiplied in TF32."""
+    with attribute(matmul, "allow_tf32", allowed), attribute(torch.backends.cudnn, "allow_tf32", allowed):
+        yield
 
 
 def exact_prediction(lab: Lab, request: Any) -> Tensor:
     """The network's predictions in float32 without TF32."""
-    with attribute(matmul, "allow_tf32", False), attribute(torch.backends.cudnn, "allow_tf32", False):
+    with tf32(False):
         return lab.step(lab.exact, request).network(lab.exact.unet)
 
 
@@ -346,21 +324,23 @@ def time_layers(lab: Lab, result: dict[str, Any]) -> None:
         weight, bias = random(c, c, 3, 3) * (9 * c) ** -0.5, random(c)
         packed = weight.contiguous(memory_format=torch.channels_last)
         flops = 2e-9 * images[0].numel() * c
-        for way, w in (("as it is", weight), ("weight channels last", packed)):
+        for way, w in (("weight as in the file", weight), ("as it is", packed)):
             for tuned in (False, True):
                 with attribute(torch.backends.cudnn, "benchmark", tuned):
                     functions = [partial(F.conv2d, x, w, bias, padding=1) for x in images]
                     add("conv 3x3", way + (", benchmark" if tuned else ""), level, functions, 9 * flops, 2 * size)
         temporal = random(c, c, 3, 1, 1) * (3 * c) ** -0.5
-        ways = {
-            "conv2d": temporal_by_conv2d,
-            "conv2d, weight channels last": temporal_by_conv2d_packed,
-            "three products": temporal_by_products,
-            "one product": temporal_by_patches,
-        }
-        for way, function in ways.items():
-            calls = [partial(function, x, temporal, bias) for x in videos]
-            add("temporal conv", way, level, calls, 3 * flops, 2 * size)
+        frames_last = temporal.contiguous(memory_format=torch.channels_last_3d)  # as the engine holds it
+        for way, function, kernel in (
+            ("as it is", temporal_by_conv2d, frames_last),
+            ("weight as in the file", temporal_by_conv2d, temporal),
+            ("three products", temporal_by_products, temporal),
+            ("one product", temporal_by_patches, temporal),
+        ):
+            for tuned in (False, True) if function is temporal_by_conv2d else (False,):
+                with attribute(torch.backends.cudnn, "benchmark", tuned):
+                    calls = [partial(function, x, kernel, bias) for x in videos]
+                    add("temporal conv", way + (", benchmark" if tuned else ""), level, calls, 3 * flops, 2 * size)
         for way, layout in (("conv3d", torch.contiguous_format), ("conv3d channels last", torch.channels_last_3d)):
             cubes = [x.view(rows, c, frames, side, side).contiguous(memory_format=layout) for x in videos]
             kernel = temporal.contiguous(memory_format=layout)
@@ -415,3 +395,28 @@ def norms(lab: Lab) -> dict[str, Callable[..., Tensor]]:
 
             ways["Triton"] = lambda *args: group_norm(*args, silu=True)
     return ways
+
+
+@torch.inference_mode()
+def compile_network(lab: Lab, result: dict[str, Any]) -> None:
+    """Our network through torch.compile: seconds to compile, then milliseconds as a CUDA graph and without one."""
+    step = lab.step(lab.engine, lab.request())
+    latents = step.latents.to(lab.dtype)
+    exact = exact_prediction(lab, lab.request())
+    lab.drop("exact")
+    rows = result["rows"] = []
+    for mode in ("default",) if lab.rehearsal else ("default", "max-autotune-no-cudagraphs"):
+        torch.compiler.reset()
+        row: dict[str, Any] = {"mode": mode}
+        rows.append(row)
+        compiled = torch.compile(lab.engine.unet.run, mode=mode, dynamic=False)
+        call = partial(compiled, latents, step.timestep_terms, step.text_kv)
+        start = time.perf_counter()
+        try:
+            row["error_to_float32"] = relative_error(call(), exact)
+            row["compile_s"] = time.perf_counter() - start
+            row["ms"] = milliseconds([call], lab.cuda)
+            row["wall_ms"] = wall_milliseconds(call, lab.cuda)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:200]
+        print("  ", row, flush=True)

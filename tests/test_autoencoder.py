@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from conftest import randomise
 from bench.random_weights import VAE
+from conftest import randomise
 from t2v.autoencoder import Autoencoder, AutoencoderConfig
 from t2v.convolution import fold
 from t2v.errors import WeightsError

@@ -5,8 +5,8 @@ import torch
 from transformers import CLIPTextConfig as Reference
 from transformers import CLIPTextModel
 
-from conftest import randomise
 from bench.random_weights import TEXT
+from conftest import randomise
 from t2v.clip import CLIPText, CLIPTextConfig
 from t2v.errors import WeightsError
 
