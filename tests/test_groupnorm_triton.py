@@ -51,6 +51,7 @@ def test_the_network_with_them_is_the_network():
     unet = unet.to(DEVICE).eval()
     x, context = torch.randn(1, 4, 2, 4, 4, device=DEVICE), torch.randn(2, 77, 16, device=DEVICE)
     expected = unet(x, 500, context)
+    inputs = x, unet.moments(torch.tensor([500], device=DEVICE)), unet.condition(context)
     with fused_norms(unet):
-        made = unet.run(x, unet.moments(torch.tensor([500], device=DEVICE)), unet.condition(context))
+        made = unet.run(*inputs)
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
