@@ -1,4 +1,4 @@
-"""Where a GPU's time goes: kernels of a torch.profiler trace, summed by the kind of work they do."""
+"""Where a GPU's time goes: the kernels of a torch.profiler trace, summed by the kind of work they do."""
 
 import json
 import re
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-# By the kernel's name, where that is unmistakable; before anything else, because libraries convert layouts by
-# themselves inside of an operation.
+# Copies are told by the kernel's name first, because libraries convert layouts on their own inside an operation.
 LAYOUT = re.compile(r"nchwToNhwc|nhwcToNchw|nchw_to_nhwc|CatArray|transpose|Memcpy|Memset|direct_copy", re.IGNORECASE)
-# By the operation of torch that launched the kernel.
+# Then the torch operation that launched the kernel decides.
 OPERATIONS = (
     ("conv", re.compile(r"conv", re.IGNORECASE)),
     ("attention", re.compile(r"scaled_dot_product|attention|softmax|baddbmm|bmm")),
@@ -22,7 +21,7 @@ OPERATIONS = (
     ("norm", re.compile(r"norm|var_mean")),
     ("copy", re.compile(r"aten::(copy_|cat|clone|contiguous|_to_copy|repeat_interleave|index_select|stack|fill_)")),
 )
-# By the kernel's name, where a recorded graph says nothing of operations.
+# A CUDA graph does not say which operation a kernel came from; there the kernel's name decides.
 KERNELS = (
     ("attention", re.compile(r"flash|fmha|sdpa|attention|softmax", re.IGNORECASE)),
     ("conv", re.compile(r"conv|implicit_gemm|fprop|dgrad|wgrad", re.IGNORECASE)),
@@ -47,11 +46,12 @@ def kind(kernel: str, operation: str | None = None) -> str:
 
 
 def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
-    """Run it once under the profiler, after one run that warms it up.
+    """Call the function once under the profiler, after one call that warms it up.
 
     Returns:
-        `kernels` (their number), `busy_ms` (time in which at least one ran), `kinds` (milliseconds by kind), `top` (the
-        25 that take longest, by name, operation and shapes). Without a GPU operations stand for kernels.
+        `kernels`: the number of kernels. `busy_ms`: the time in which at least one kernel ran. `kinds`: milliseconds by
+        kind. `top`: the 25 entries that take longest, by kernel, operation and shapes. Without a GPU the innermost
+        operations stand for kernels.
     """
     function()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -67,7 +67,7 @@ def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
 
 
 def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, Any]:
-    """`profile` of the events of a Chrome trace, whose times are microseconds."""
+    """The result of `profile`, from the events of a Chrome trace, whose times are microseconds."""
     complete = [event for event in events if event.get("ph") == "X"]
     operations = {
         e["args"]["External id"]: e for e in complete if e.get("cat") == "cpu_op" and "External id" in e["args"]
@@ -96,15 +96,25 @@ def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, 
     }
 
 
+def lines(found: dict[str, Any]) -> list[str]:
+    """A profile for a terminal."""
+    kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in found["kinds"].items())
+    text = [f"{found['kernels']} kernels, busy for {found['busy_ms']:.2f} ms: {kinds}"]
+    for row in found["top"]:
+        operation = f"{row['operation'][:36]} {row['shapes'][:60]}"
+        text.append(f"{row['ms']:9.3f} ms {row['calls']:5} x {row['kernel'][:60]:60} {operation}")
+    return text
+
+
 def _leaves(operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Operations that call no other."""
+    """Operations that call no other operation."""
     ordered = sorted(operations, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
     following = ordered[1:] + [{"tid": None, "ts": 0}]
     return [a for a, b in zip(ordered, following) if b["tid"] != a["tid"] or b["ts"] >= a["ts"] + a["dur"]]
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
-    """Length of what the spans cover."""
+    """The length that the spans cover together."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))

@@ -1,8 +1,7 @@
-"""What the parts of a GPU run share: the loaded models, the inputs of one denoising step, and how time is taken."""
+"""Shared by the parts of a GPU run: the loaded models, the inputs of one denoising step, and the clocks."""
 
 import functools
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.arms import PROMPT, Arm, guidance_scale, load_pipeline, ours, stock
 from t2v.engine import Engine
 from t2v.request import Request
 from t2v.unet3d import UNet3D
 
-PROMPT = "a red circle moving right on a black background"
-TIMESTEP = 500  # of the step that is timed
+TIMESTEP = 500  # of the timed step
 
 
 @dataclass(frozen=True)
 class Step:
-    """Inputs of one guided denoising step: two rows share their latents.
+    """Inputs of one guided denoising step, whose two rows share their latents.
 
     Attributes:
         latents: (1, 4, F, h, w) float32.
@@ -44,12 +43,12 @@ class Step:
 
 @dataclass
 class Lab:
-    """Models are loaded when a part first needs them.
+    """The models of a run. Each is loaded when a part first needs it.
 
     Attributes:
-        folder: of the model; the `weights` part may have written it.
+        folder: of the model.
         device: "cuda" or "cpu".
-        rehearsal: whether sizes are minimal, because only the code is to be tried.
+        rehearsal: whether all sizes are minimal, because the run only tries the code.
     """
 
     folder: Path
@@ -62,68 +61,63 @@ class Lab:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """Ours, in the precision that the device usually runs in."""
+        """Ours, in the device's usual precision."""
         return Engine.load(self.folder, self.device)
 
     @functools.cached_property
     def exact(self) -> Engine:
-        """Ours in float32, without TF32: what errors are measured against."""
+        """Ours in float32, the reference for errors."""
         return Engine.load(self.folder, self.device, "float32")
 
     @functools.cached_property
     def pipeline(self) -> Any:
-        """diffusers' pipeline in the same precision, with DPM-Solver++ 2M."""
-        from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline
+        """diffusers' pipeline, in the same precision as ours."""
+        return load_pipeline(self.folder, self.device)
 
-        pipeline = TextToVideoSDPipeline.from_pretrained(self.folder, torch_dtype=self.dtype).to(self.device)
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    @property
+    def ours(self) -> Arm:
+        return ours(self.engine)
+
+    @property
+    def stock(self) -> Arm:
+        return stock(self.pipeline, guidance_scale(self.folder))
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.cuda else torch.float32
 
-    @property
-    def guidance_scale(self) -> float:
-        """The model's own."""
-        return json.loads((self.folder / "model_index.json").read_text()).get("_t2v_guidance_scale", 9.0)
-
-    def request(self, frames: int = 16, size: int | None = None, steps: int = 50, seed: int = 0) -> Request:
-        """The request of a part; smaller in a rehearsal."""
+    def request(self, frames: int = 16, size: int | None = None, steps: int = 50) -> Request:
+        """A request of a part; minimal in a rehearsal."""
         if self.rehearsal:
             frames, size, steps = min(frames, 2), 16, min(steps, 2)
-        return Request(PROMPT, num_frames=frames, width=size, height=size, num_inference_steps=steps, seed=seed)
+        return Request(PROMPT, num_frames=frames, width=size, height=size, num_inference_steps=steps, seed=0)
 
     @torch.inference_mode()
     def step(self, engine: Engine, request: Request, timestep: int = TIMESTEP) -> Step:
+        """The inputs of one step of the request."""
         context = engine.text.encode(["", PROMPT])
         terms = engine.unet.moments(torch.tensor([timestep], device=engine.device))
         return Step(engine.noise(request), terms, context, engine.unet.condition(context))
 
-    def drop(self, *names: str) -> None:
-        """Forget models, and give their memory back."""
-        for name in names:
-            self.__dict__.pop(name, None)
+    def drop_exact(self) -> None:
+        """Free the float32 model."""
+        self.__dict__.pop("exact", None)
         self.tidy()
 
     def tidy(self) -> None:
+        """Free the memory that nothing refers to."""
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def sync(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
 
 def milliseconds(functions: Sequence[Callable[[], Any]], cuda: bool, repeats: int = 10, warmups: int = 2) -> float:
-    """Median time of a call, launch gaps excluded.
+    """Median time of a call, without the gaps between launches.
 
     Args:
-        functions: the same work on different tensors, so that a cache does not hold all of them.
-        cuda: whether they run on a GPU; all of them are then one CUDA graph, which is played back.
+        functions: the same work on different tensors. With several, the cache does not hold all inputs.
+        cuda: whether the functions run on a GPU. They are then recorded as one CUDA graph, which is played back.
     """
     if not cuda:
         times = []
@@ -145,18 +139,18 @@ def milliseconds(functions: Sequence[Callable[[], Any]], cuda: bool, repeats: in
     with torch.cuda.graph(graph):
         kept = [function() for function in functions]
     graph.replay()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in marks:
-        start.record()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in marks:
+        before.record()
         graph.replay()
-        end.record()
+        after.record()
     torch.cuda.synchronize()
     del kept
-    return statistics.median(start.elapsed_time(end) for start, end in marks) / len(functions)
+    return statistics.median(before.elapsed_time(after) for before, after in marks) / len(functions)
 
 
 def wall_milliseconds(function: Callable[[], Any], cuda: bool, repeats: int = 5, warmups: int = 2) -> float:
-    """Mean wall-clock time of calls issued one after the other, launch gaps included."""
+    """Mean wall-clock time of calls in a row, with the gaps between launches."""
     if not cuda:
         repeats, warmups = 1, 0  # a rehearsal
     for _ in range(warmups):
@@ -175,15 +169,3 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|, computed in float64."""
     a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm())
-
-
-def markdown(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
-    """A table: `columns` maps keys of the rows to format specifications."""
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = []
-        for key, spec in columns.items():
-            value = row.get(key)
-            cells.append("" if value is None else value if isinstance(value, str) else format(value, spec))
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

@@ -1,14 +1,14 @@
-"""Switches and formulations that only a GPU can decide between, tried one by one on the network and on single layers.
+"""Switches and formulations between which only a GPU can decide, tried one by one.
 
-Nothing here changes the engine: each lever is a context in which the network is patched.
+A lever is a context in which the network is patched; the engine itself does not change.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -24,12 +24,12 @@ from t2v.unet3d import Attention, FeedForward, ResBlock, TemporalConv, TemporalC
 
 Lever = Callable[[UNet3D], AbstractContextManager[Any]]
 
-CHUNK = 256  # pixels whose sums one reduction adds up
+CHUNK = 256  # pixels that one reduction adds up
 
 
 @contextlib.contextmanager
 def attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """A setting of torch, put back afterwards."""
+    """Set an attribute for the time of the context."""
     before = getattr(thing, name)
     setattr(thing, name, value)
     try:
@@ -42,8 +42,7 @@ def attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def group_norm_by_sums(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Statistics from sums and Euclidean norms over chunks of pixels, in float32; then one scale and one shift for
-    every channel of every image."""
+    """Compute the statistics in float32, from sums and Euclidean norms over chunks of pixels."""
     n, c, h, w = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
     length = CHUNK if (h * w) % CHUNK == 0 else h * w
@@ -57,7 +56,7 @@ def group_norm_by_sums(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps
 
 
 def group_norm_by_moments(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Mean and variance of chunks of pixels, which are then put together."""
+    """Compute mean and variance of chunks of pixels, and combine them."""
     n, c, h, w = x.shape
     length = CHUNK if (h * w) % CHUNK == 0 else h * w
     chunks = x.permute(0, 2, 3, 1).reshape(n, -1, length, groups, c // groups)
@@ -68,6 +67,7 @@ def group_norm_by_moments(x: Tensor, groups: int, weight: Tensor, bias: Tensor, 
 
 
 def _apply(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """One scale and one shift for every channel of every image, from statistics (n, groups)."""
     n, c = x.shape[:2]
     scale = ((variance + eps).rsqrt()[:, :, None] * weight.view(mean.shape[1], -1)).view(n, c)
     shift = bias - (mean[:, :, None] * scale.view(n, mean.shape[1], -1)).view(n, c)
@@ -83,10 +83,10 @@ def norms_by(function: Callable[..., Tensor]) -> Lever:
 
 @contextlib.contextmanager
 def fused_norms(unet: UNet3D) -> Iterator[None]:
-    """Every group norm, and the SiLU after it where there is one, as the Triton kernels of `t2v.groupnorm_triton`."""
+    """Run every group norm, and the SiLU that follows it, as the Triton kernels of `t2v.groupnorm_triton`."""
     from t2v.groupnorm_triton import group_norm
 
-    activated = {unet.conv_norm_out}
+    activated: set[nn.Module] = {unet.conv_norm_out}
     for module in unet.modules():
         if isinstance(module, ResBlock):
             activated |= {module.norm1, module.norm2}
@@ -99,7 +99,7 @@ def fused_norms(unet: UNet3D) -> Iterator[None]:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=self in activated)
 
     class Functional:
-        """torch.nn.functional, but for SiLU, which the kernels have applied."""
+        """torch.nn.functional without SiLU, which the kernels have applied."""
 
         def __getattr__(self, name: str) -> Any:
             return (lambda x: x) if name == "silu" else getattr(F, name)
@@ -112,7 +112,7 @@ def fused_norms(unet: UNet3D) -> Iterator[None]:
 
 
 def temporal_by_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Three matrix products of shifted frames."""
+    """Add up three matrix products of shifted frames."""
     rows = x.permute(0, 2, 3, 1)  # (b, F, pixels, c)
     before, here, after = weight[:, :, :, 0, 0].unbind(2)
     y = F.linear(rows, here, bias)
@@ -123,7 +123,7 @@ def temporal_by_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def temporal_by_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One matrix product of three frames side by side, which are copied."""
+    """Copy three frames side by side, for one matrix product."""
     rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1))
     patches = torch.cat([rows[:, :-2], rows[:, 1:-1], rows[:, 2:]], dim=-1)
     flat = weight[:, :, :, 0, 0].permute(0, 2, 1).reshape(weight.shape[0], -1)
@@ -131,7 +131,7 @@ def temporal_by_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def temporal_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As in the engine."""
+    """Convolve as the engine does."""
     return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
 
 
@@ -147,7 +147,7 @@ def temporal_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Lever:
 
 @contextlib.contextmanager
 def one_product_for_qkv(unet: UNet3D) -> Iterator[None]:
-    """Queries, keys and values of a self-attention by one linear layer."""
+    """Compute queries, keys and values of a self-attention by one linear layer."""
     joined = {}
     for module in unet.modules():
         if isinstance(module, Attention) and module.to_q.in_features == module.to_k.in_features:
@@ -163,11 +163,12 @@ def one_product_for_qkv(unet: UNet3D) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_product_in_feed_forward(unet: UNet3D) -> Iterator[None]:
-    """A feed-forward's value and gate by one linear layer."""
+    """Compute a feed-forward's value and gate by one linear layer."""
 
     def forward(self: FeedForward, x: Tensor) -> Tensor:
-        value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)
-        return self.net["2"](value * F.gelu(gate))
+        first, out = cast(nn.ModuleDict, self.net["0"]), self.net["2"]
+        value, gate = first["proj"](x).chunk(2, dim=-1)
+        return out(value * F.gelu(gate))
 
     with patch.object(FeedForward, "forward", forward):
         yield
@@ -175,7 +176,7 @@ def one_product_in_feed_forward(unet: UNet3D) -> Iterator[None]:
 
 @contextlib.contextmanager
 def upsampling_interpolated(unet: UNet3D) -> Iterator[None]:
-    """Nearest neighbour, then a 3x3 convolution, instead of a transposed convolution."""
+    """Upsample by nearest neighbour and a 3x3 convolution instead of a transposed convolution."""
     modules = [module for module in unet.modules() if isinstance(module, Upsample)]
     kernels = [module.kernel for module in modules]
     for module in modules:
@@ -209,13 +210,13 @@ LEVERS: dict[str, Lever] = {
     "products accumulated in float16": lambda unet: attribute(matmul, "allow_fp16_accumulation", True),
     "products reduced in float32": lambda unet: attribute(matmul, "allow_fp16_reduced_precision_reduction", False),
 }
-CHANGES_RESULT = ("products accumulated in float16",)  # by more than rounding of the same precision
+LESS_EXACT = ("products accumulated in float16",)
 ONLY_ON_CUDA = {"group norm + SiLU in Triton"}
 
 
 @torch.inference_mode()
 def try_levers(lab: Lab, result: dict[str, Any]) -> None:
-    """Milliseconds of the network and its error against float32, with each lever alone, then with all that gained."""
+    """Time the network, and measure its error against float32, with each lever alone; then with all that helped."""
     request = lab.request()
     unet = lab.engine.unet
     step = lab.step(lab.engine, request)
@@ -246,11 +247,11 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
     for name, lever in LEVERS.items():
         if name != "as it is" and (lab.cuda or name not in ONLY_ON_CUDA):
             measured(name, lever)
-    # Alternatives of one another: of each family the fastest.
+    # Levers of one family exclude one another: take the fastest.
     best: dict[str, dict[str, Any]] = {}
     for row in rows[1:]:
         family = row["lever"].split(":")[0].split(" as ")[0].split(" by ")[0].split(" + ")[0]
-        gained = row.get("ms", 1e9) < 0.995 * base["ms"] and row["lever"] not in CHANGES_RESULT
+        gained = row.get("ms", 1e9) < 0.995 * base["ms"] and row["lever"] not in LESS_EXACT
         if gained and row["ms"] < best.get(family, {"ms": 1e9})["ms"]:
             best[family] = row
     result["together"] = [row["lever"] for row in best.values()]
@@ -262,45 +263,45 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
                 stack.enter_context(LEVERS[row["lever"]](unet))
             yield
 
-    measured("all that gained, together", together)
+    measured("all that helped, together", together)
     measured("as it is, once more", LEVERS["as it is"])
 
     exactly = lab.step(lab.exact, request)
     for name, allowed in (("float32", False), ("float32 with TF32", True)):
-        measured(name, lambda unet, allowed=allowed: tf32(allowed), lab.exact.unet, exactly)
-    lab.drop("exact")
-    brain = Engine.load(lab.folder, lab.device, "bfloat16")
-    measured("bfloat16", LEVERS["as it is"], brain.unet, lab.step(brain, request))
+        measured(name, partial(allow_tf32, allowed), lab.exact.unet, exactly)
+    lab.drop_exact()
+    bfloat16 = Engine.load(lab.folder, lab.device, "bfloat16")
+    measured("bfloat16", LEVERS["as it is"], bfloat16.unet, lab.step(bfloat16, request))
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 may be multiplied in TF32."""
+def allow_tf32(allowed: bool, unet: UNet3D | None = None) -> Iterator[None]:
+    """Allow or forbid products of float32 in TF32."""
     with attribute(matmul, "allow_tf32", allowed), attribute(torch.backends.cudnn, "allow_tf32", allowed):
         yield
 
 
 def exact_prediction(lab: Lab, request: Any) -> Tensor:
-    """The network's predictions in float32 without TF32."""
-    with tf32(False):
+    """The network's predictions for the timed step, in float32 without TF32."""
+    with allow_tf32(False):
         return lab.step(lab.exact, request).network(lab.exact.unet)
 
 
 # Single layers.
 
-LEVELS = ((320, 32), (640, 16), (1280, 8), (1280, 4))  # channels, and the side of the map, at 256x256
-SETS = 4  # of tensors that a layer is timed on
+LEVELS = ((320, 32), (640, 16), (1280, 8), (1280, 4))  # channels and side of the map, for 256x256 pixels
+SETS = 4  # of input tensors, on which a layer is timed in turn
 
 
 @torch.inference_mode()
 def time_layers(lab: Lab, result: dict[str, Any]) -> None:
-    """Single layers at the 1.7B's shapes, two rows of 16 frames, in ways that give the same."""
+    """Time single layers at the shapes of the 1.7B model, two rows of 16 frames, in several equivalent ways."""
     frames, rows = (2, 2) if lab.rehearsal else (16, 2)
     levels = ((32, 4), (64, 2)) if lab.rehearsal else LEVELS
     found = result["rows"] = []
 
     def add(
-        layer: str, way: str, level: str, functions: list[Callable[[], Any]], gflop: float, gigabytes: float
+        layer: str, way: str, level: str, functions: Sequence[Callable[[], Any]], gflop: float, gigabytes: float
     ) -> None:
         row: dict[str, Any] = {"layer": layer, "way": way, "level": level}
         found.append(row)
@@ -376,7 +377,7 @@ def time_layers(lab: Lab, result: dict[str, Any]) -> None:
 
 
 def norms(lab: Lab) -> dict[str, Callable[..., Tensor]]:
-    """Ways to a group norm and the SiLU after it."""
+    """Ways to compute a group norm and the SiLU after it."""
 
     def native(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
@@ -393,17 +394,17 @@ def norms(lab: Lab) -> dict[str, Callable[..., Tensor]]:
         with contextlib.suppress(ImportError):
             from t2v.groupnorm_triton import group_norm
 
-            ways["Triton"] = lambda *args: group_norm(*args, silu=True)
+            ways["Triton"] = partial(group_norm, silu=True)
     return ways
 
 
 @torch.inference_mode()
 def compile_network(lab: Lab, result: dict[str, Any]) -> None:
-    """Our network through torch.compile: seconds to compile, then milliseconds as a CUDA graph and without one."""
+    """Time our network with torch.compile: the compilation, then a step as a CUDA graph and without one."""
     step = lab.step(lab.engine, lab.request())
     latents = step.latents.to(lab.dtype)
     exact = exact_prediction(lab, lab.request())
-    lab.drop("exact")
+    lab.drop_exact()
     rows = result["rows"] = []
     for mode in ("default",) if lab.rehearsal else ("default", "max-autotune-no-cudagraphs"):
         torch.compiler.reset()

@@ -21,8 +21,8 @@ import requests
 import yaml
 
 import openapi_schema
+from bench.server import Server, serve
 from conftest import ROOT
-from serving import Server, serve
 
 PAGE = ROOT / "docs" / "api.md"
 JSON = {"Content-Type": "application/json"}

@@ -26,6 +26,7 @@ ALLOWED = {
     "vae": {"autoencoder", "memory"},
     "memory": set(),
     "watchdog": set(),
+    "groupnorm_triton": set(),
     "thread": set(),
     "source": {"errors"},
     "timeline": set(),

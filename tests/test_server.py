@@ -10,8 +10,8 @@ import pytest
 import requests
 
 import openapi_schema
+from bench.server import Server, saved, serve
 from conftest import ROOT
-from serving import Server, saved, serve
 from t2v.video import VideoInfo, read_metadata
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
