@@ -50,8 +50,8 @@ def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
 
     Returns:
         `kernels`: the number of kernels. `busy_ms`: the time in which at least one kernel ran. `kinds`: milliseconds by
-        kind. `top`: the 25 entries that take longest, by kernel, operation and shapes. Without a GPU the innermost
-        operations stand for kernels.
+        kind. `top`: the 25 entries that take longest, by kernel, operation and shapes. Without a GPU operations
+        stand for kernels.
     """
     function()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -75,7 +75,7 @@ def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, 
     if cuda:
         kernels = [event for event in complete if event.get("cat") in ON_DEVICE]
     else:
-        kernels = _leaves([event for event in complete if event.get("cat") == "cpu_op"])
+        kernels = _without_children([event for event in complete if event.get("cat") == "cpu_op"])
     kinds: dict[str, float] = defaultdict(float)
     lines: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in kernels:
@@ -106,11 +106,20 @@ def lines(found: dict[str, Any]) -> list[str]:
     return text
 
 
-def _leaves(operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Operations that call no other operation."""
-    ordered = sorted(operations, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
-    following = ordered[1:] + [{"tid": None, "ts": 0}]
-    return [a for a, b in zip(ordered, following) if b["tid"] != a["tid"] or b["ts"] >= a["ts"] + a["dur"]]
+def _without_children(operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Operations with the time that they spend in no other operation."""
+    own = []
+    open_ones: list[dict[str, Any]] = []  # each within the one before
+    for event in sorted(operations, key=lambda e: (e["tid"], e["ts"], -e["dur"])):
+        while open_ones and not (
+            open_ones[-1]["tid"] == event["tid"] and event["ts"] < open_ones[-1]["ts"] + open_ones[-1]["total"]
+        ):
+            open_ones.pop()
+        if open_ones:
+            open_ones[-1]["dur"] -= event["dur"]
+        open_ones.append(event | {"total": event["dur"]})
+        own.append(open_ones[-1])
+    return own
 
 
 def _union(spans: list[tuple[float, float]]) -> float:

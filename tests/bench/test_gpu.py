@@ -106,3 +106,14 @@ def test_a_trace_is_summed_up_by_kind_with_the_time_in_which_the_gpu_was_busy():
     assert found["kinds"] == pytest.approx({"GEMM": 0.035, "copy": 0.005})
     longest = {"ms": 0.035, "calls": 2, "kernel": "gemm", "operation": "aten::mm", "shapes": "[[2, 3], [3, 4]]"}
     assert found["top"][0] == longest
+
+
+def test_without_a_gpu_operations_count_without_those_they_call():
+    def operation(name: str, start: int, length: int, number: int) -> dict:
+        event = {"ph": "X", "cat": "cpu_op", "name": f"aten::{name}", "ts": start, "dur": length, "tid": 1}
+        return event | {"args": {"External id": number}}
+
+    events = [operation("linear", 0, 10_000, 1), operation("addmm", 1000, 6000, 2), operation("copy_", 2000, 1000, 3)]
+    events.append(operation("silu", 20_000, 3000, 4))
+    found = kernels.summarise(events, cuda=False)
+    assert found["kinds"] == pytest.approx({"GEMM": 4 + 5, "copy": 1, "elementwise": 3})
