@@ -4,6 +4,7 @@ A lever is a context in which the network is patched; the engine itself does not
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,14 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import kernels
 from bench.lab import Lab, Step, milliseconds, relative_error, wall_milliseconds
 from t2v import unet3d
 from t2v.convolution import Upsample
 from t2v.engine import Engine
-from t2v.unet3d import Attention, FeedForward, ResBlock, TemporalConv, TemporalConvs, UNet3D
+from t2v.unet3d import (
+    Attention,
+    FeedForward,
+    ResBlock,
+    TemporalConv,
+    TemporalConvs,
+    TemporalTransformer,
+    TransformerBlock,
+    UNet3D,
+)
 
 Lever = Callable[[UNet3D], AbstractContextManager[Any]]
 
+SHORT = 64  # frames, at most, of a sequence along the frames
 CHUNK = 256  # pixels that one reduction adds up
 
 
@@ -108,10 +120,127 @@ def fused_norms(unet: UNet3D) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def fused_norms_and_biases(unet: UNet3D) -> Iterator[None]:
+    """Like `fused_norms`; and the norms and residual additions also add the biases of the convolutions before them,
+    which cuDNN leaves to a kernel of their own."""
+    from bench.fused import add
+    from t2v.groupnorm_triton import group_norm
+
+    def norm_silu(norm: nn.Module, x: Tensor, added: Tensor | None = None) -> Tensor:
+        norm = cast(nn.GroupNorm, norm)
+        return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, added=added)
+
+    def residual(self: ResBlock, x: Tensor, signals: dict[nn.Module, Any]) -> Tensor:
+        images = unet3d.frames(x)
+        h = self.conv1(norm_silu(self.norm1, images))
+        h = self.conv2(norm_silu(self.norm2, h, signals[self] + biases[self.conv1]))
+        shortcut = images if self.conv_shortcut is None else self.conv_shortcut(images)
+        return unet3d.unframes(add(h, shortcut, biases[self.conv2]), x.shape[0])
+
+    def temporal(self: TemporalConvs, x: Tensor) -> Tensor:
+        image = h = x.flatten(2, 3).permute(0, 3, 1, 2)
+        added = None
+        for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
+            norm, conv = stage.values()
+            h = conv(norm_silu(norm, h, added))
+            added = biases[conv][None]
+        return add(h, image, biases[conv]).permute(0, 2, 3, 1).view(x.shape)
+
+    biases: dict[nn.Module, Any] = {}
+    for module in unet.modules():
+        if isinstance(module, ResBlock):
+            biases |= {conv: conv.bias for conv in (module.conv1, module.conv2)}
+        if isinstance(module, TemporalConv):
+            biases[module] = module.bias
+    for module in biases:
+        setattr(module, "bias", None)  # noqa: B010 - a type checker knows no module without one
+    try:
+        with (
+            fused_norms(unet),
+            patch.object(ResBlock, "forward", residual),
+            patch.object(TemporalConvs, "forward", temporal),
+        ):
+            yield
+    finally:
+        for module, bias in biases.items():
+            module.bias = bias
+
+
+def fused_layer_norms(unet: UNet3D) -> AbstractContextManager[Any]:
+    """Run layer norms as the Triton kernel."""
+    from bench.fused import layer_norm
+
+    def forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        return layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
+
+    return patch.object(nn.LayerNorm, "forward", forward)
+
+
+def fused_feed_forward(unet: UNet3D) -> AbstractContextManager[Any]:
+    """Compute a feed-forward's value and gate by one linear layer, and join them in one Triton kernel."""
+    from bench.fused import geglu
+
+    def forward(self: FeedForward, x: Tensor) -> Tensor:
+        first, out = cast(nn.ModuleDict, self.net["0"]), self.net["2"]
+        return out(geglu(first["proj"](x)))
+
+    return patch.object(FeedForward, "forward", forward)
+
+
+# Temporal attention.
+
+
+def temporal_attention_memory_efficient(unet: UNet3D) -> AbstractContextManager[Any]:
+    """Use torch's memory-efficient kernel where sequences are short, which are those along the frames."""
+    attend = Attention.attend
+
+    def forward(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] > SHORT or k.shape[2] > SHORT:
+            return attend(self, q, k, v)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return attend(self, q, k, v)
+
+    return patch.object(Attention, "attend", forward)
+
+
+def temporal_attention_in_place(unet: UNet3D) -> AbstractContextManager[Any]:
+    """Attend along the frames in a Triton kernel that reads them where they are, without gathering them."""
+    from bench.fused import TEMPORAL_LENGTHS, temporal_attention
+
+    original = TemporalTransformer.forward
+
+    def attention(layer: Attention, tokens: Tensor) -> Tensor:
+        y = temporal_attention(layer.to_q(tokens), layer.to_k(tokens), layer.to_v(tokens), layer.heads)
+        return layer.to_out[0](y)
+
+    def forward(self: TemporalTransformer, x: Tensor) -> Tensor:
+        if x.shape[1] not in TEMPORAL_LENGTHS:
+            return original(self, x)
+        block = cast(TransformerBlock, self.transformer_blocks[0])
+        h = self.proj_in(unet3d.video_norm(self.norm, x)).flatten(2, 3)
+        h = h + attention(block.attn1, block.norm1(h))
+        h = h + attention(block.attn2, block.norm2(h))
+        h = h + block.ff(block.norm3(h))
+        return x + self.proj_out(h).view(x.shape)
+
+    return patch.object(TemporalTransformer, "forward", forward)
+
+
 # Temporal convolutions of (b, c, F, pixels), channels last.
 
 
-def temporal_by_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def temporal_by_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve in three dimensions, channels last."""
+    b, c, n, pixels = x.shape
+    side = math.isqrt(pixels)
+    shape = (side, side) if side * side == pixels else (pixels, 1)
+    rows = x.permute(0, 2, 3, 1).view(b, n, *shape, c).permute(0, 4, 1, 2, 3)
+    y = F.conv3d(rows, weight, bias, padding=(1, 0, 0))
+    return y.permute(0, 2, 3, 4, 1).reshape(b, n, pixels, -1).permute(0, 3, 1, 2)
+
+
+def temporal_by_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Add up three matrix products of shifted frames."""
     rows = x.permute(0, 2, 3, 1)  # (b, F, pixels, c)
     before, here, after = weight[:, :, :, 0, 0].unbind(2)
@@ -122,7 +251,7 @@ def temporal_by_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
-def temporal_by_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def temporal_by_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Copy three frames side by side, for one matrix product."""
     rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1))
     patches = torch.cat([rows[:, :-2], rows[:, 1:-1], rows[:, 2:]], dim=-1)
@@ -130,12 +259,12 @@ def temporal_by_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(patches, flat, bias).permute(0, 3, 1, 2)
 
 
-def temporal_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def temporal_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve as the engine does."""
     return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
 
 
-def temporal_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Lever:
+def temporal_by(function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Lever:
     def forward(self: TemporalConv, image: Tensor) -> Tensor:
         return function(image, self.weight, self.bias)
 
@@ -195,6 +324,12 @@ LEVERS: dict[str, Lever] = {
     "group norm by sums": norms_by(group_norm_by_sums),
     "group norm by moments": norms_by(group_norm_by_moments),
     "group norm + SiLU in Triton": fused_norms,
+    "group norm + SiLU + biases in Triton": fused_norms_and_biases,
+    "layer norm in Triton": fused_layer_norms,
+    "feed-forward as one product, GEGLU in Triton": fused_feed_forward,
+    "temporal attention as memory-efficient attention": temporal_attention_memory_efficient,
+    "temporal attention as a Triton kernel": temporal_attention_in_place,
+    "temporal convolution as conv3d": temporal_by(temporal_by_conv3d),
     "temporal convolution as three products": temporal_by(temporal_by_products),
     "temporal convolution as one product": temporal_by(temporal_by_patches),
     "upsampling interpolated": upsampling_interpolated,
@@ -211,7 +346,6 @@ LEVERS: dict[str, Lever] = {
     "products reduced in float32": lambda unet: attribute(matmul, "allow_fp16_reduced_precision_reduction", False),
 }
 LESS_EXACT = ("products accumulated in float16",)
-ONLY_ON_CUDA = {"group norm + SiLU in Triton"}
 
 
 @torch.inference_mode()
@@ -245,7 +379,7 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
     rows.clear()
     base = measured("as it is", LEVERS["as it is"])
     for name, lever in LEVERS.items():
-        if name != "as it is" and (lab.cuda or name not in ONLY_ON_CUDA):
+        if name != "as it is" and (lab.cuda or "Triton" not in name):
             measured(name, lever)
     # Levers of one family exclude one another: take the fastest.
     best: dict[str, dict[str, Any]] = {}
@@ -264,6 +398,9 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
             yield
 
     measured("all that helped, together", together)
+    with together(unet):
+        result["profile"] = kernels.profile(lambda: step.network(unet), lab.cuda)
+    print("\n".join(kernels.lines(result["profile"])), flush=True)
     measured("as it is, once more", LEVERS["as it is"])
 
     exactly = lab.step(lab.exact, request)

@@ -136,7 +136,7 @@ def default(lab: Lab, result: Result) -> None:
     lab.stock(request)
     result["peak_gib"]["stock"] = memory_peak(lab) - before
     found = compare.compare(
-        {"stock": lab.stock, "ours": lab.ours}, request, rounds=1 if lab.rehearsal else 4, warmups=0
+        {"stock": lab.stock, "ours": lab.ours}, request, rounds=1 if lab.rehearsal else 3, warmups=0
     )
     flops = compare.stock_flops(lab.folder, request) * request.num_inference_steps
     for name, row in found.items():
@@ -218,7 +218,10 @@ def levers_table(result: Result) -> list[str]:
     base = next((row["ms"] for row in result.get("rows", []) if "ms" in row), float("nan"))
     rows = [row | {"ms_gained": base - row["ms"]} if "ms" in row else row for row in result.get("rows", [])]
     columns = {"lever": "", "ms": ".3f", "ms_gained": ".3f", "error_to_float32": ".2e", "failed": ""}
-    return [*markdown(rows, columns), "", f"Together: {', '.join(result.get('together', []))}."]
+    lines = [*markdown(rows, columns), "", f"Together: {', '.join(result.get('together', []))}."]
+    if "profile" in result:
+        lines += ["", "Kernels of all that helped, together:", "", *profile_table({"together": result["profile"]})]
+    return lines
 
 
 def layers_table(result: Result) -> list[str]:
@@ -383,7 +386,7 @@ def compiled_stock(lab: Lab, result: Result) -> None:
         start = time.perf_counter()
         arm(dataclasses.replace(request, num_inference_steps=2))
         result["compile_s"] = time.perf_counter() - start
-        result["runs"] = [arm(request).seconds for _ in range(1 if lab.rehearsal else 4)]
+        result["runs"] = [arm(request).seconds for _ in range(1 if lab.rehearsal else 3)]
     finally:
         pipeline.unet = eager
 
@@ -401,7 +404,7 @@ PARTS = {
     "default": Part(default, 90, default_table),
     "profile": Part(profile, 40, profile_table),
     "micro": Part(levers.time_layers, 40, layers_table),
-    "levers": Part(levers.try_levers, 60, levers_table),
+    "levers": Part(levers.try_levers, 90, levers_table),
     "gates": Part(gates, 40, gates_table),
     "sweep": Part(sweep, 60, sweep_table),
     "overlap": Part(overlap, 20, overlap_table),

@@ -17,7 +17,15 @@ CHANNELS = 64  # that one program reads
 PROGRAMS = 1024  # about so many, where the map is large enough: several for each multiprocessor
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    added: Tensor | None = None,
+) -> Tensor:
     """Group norm of maps that are channels last.
 
     Args:
@@ -25,6 +33,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
         groups: divides c.
         weight, bias: (c,).
         silu: whether SiLU is applied to the result.
+        added: (k, c), where k divides n: a term of every n / k images that is added to x first.
 
     Returns:
         (n, c, h, w), channels last, dtype of x.
@@ -41,11 +50,15 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     scales = torch.empty((2, n, c), device=x.device, dtype=torch.float32)
     y = torch.empty_like(rows)
     grid = (n, chunks, columns)
-    add_up[grid](rows, sums[0], sums[1], pixels, c, chunks, per_chunk, PIXELS, CHANNELS)
+    term = weight if added is None else added.contiguous()  # not read where there is none
+    share = 0 if added is None else n // len(added)
+    add_up[grid](rows, term, sums[0], sums[1], pixels, c, chunks, share, per_chunk, PIXELS, CHANNELS)
     width = c // groups
     count = float(pixels * width)
     tile = (triton.next_power_of_2(chunks), triton.next_power_of_2(width))
-    finish[n, groups](sums[0], sums[1], weight, bias, scales[0], scales[1], c, chunks, width, count, eps, *tile)
+    finish[n, groups](
+        sums[0], sums[1], term, weight, bias, scales[0], scales[1], c, chunks, width, count, eps, share, *tile
+    )
     apply[grid](rows, y, scales[0], scales[1], pixels, c, per_chunk, silu, PIXELS, CHANNELS)
     return y.view(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -53,11 +66,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 @triton.jit
 def add_up(
     x,
+    added,
     sums,
     squares,
     pixels,
     c,
     chunks,
+    SHARE: tl.constexpr,
     STEPS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -67,11 +82,15 @@ def add_up(
     channel = column * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros((PIXELS, CHANNELS), tl.float32)
     square = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    if SHARE > 0:
+        term = tl.load(added + (image // SHARE) * c + channel, mask=channel < c, other=0.0).to(tl.float32)
     for step in range(STEPS):
         pixel = (chunk * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
         inside = (pixel < pixels)[:, None] & (channel < c)[None, :]
         place = (image.to(tl.int64) * pixels + pixel)[:, None] * c + channel[None, :]
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if SHARE > 0:
+            value = tl.where(inside, value + term[None, :], 0.0)
         total += value
         square += value * value
     result = (image * chunks + chunk) * c + channel
@@ -83,6 +102,7 @@ def add_up(
 def finish(
     sums,
     squares,
+    added,
     weight,
     bias,
     scale,
@@ -92,6 +112,7 @@ def finish(
     width,
     count,
     eps,
+    SHARE: tl.constexpr,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -106,6 +127,9 @@ def finish(
     deviation = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
     factor = deviation * tl.load(weight + channel, mask=column < width, other=0.0).to(tl.float32)
     term = tl.load(bias + channel, mask=column < width, other=0.0).to(tl.float32) - mean * factor
+    if SHARE > 0:
+        offset = tl.load(added + (image // SHARE) * c + channel, mask=column < width, other=0.0).to(tl.float32)
+        term += offset * factor
     tl.store(scale + image * c + channel, factor, mask=column < width)
     tl.store(shift + image * c + channel, term, mask=column < width)
 
