@@ -1,5 +1,6 @@
 """bench/bench.py: its arms make the same video, and it would notice if they did not."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -53,3 +54,12 @@ def test_a_profile_names_what_takes_time(
     bench.main()
     arms = capsys.readouterr().out.split("\nours\n")
     assert len(arms) == 2 and all("conv " in arm and arm.count(" ms ") > 20 for arm in arms)
+
+
+@pytest.mark.parametrize("name", ["bench", "gpu", "random_weights", "soak"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"bench.{name}", run_name="__main__")
+    assert not end.value.code and "usage" in capsys.readouterr().out
