@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import compare, kernels, levers, random_weights
+from bench import compare, kernels, layers, levers, random_weights
 from bench.arms import device_name, ours
 from bench.lab import Lab, milliseconds, relative_error, wall_milliseconds
 from bench.report import markdown
@@ -403,7 +403,7 @@ PARTS = {
     "tests": Part(TEST_RUN.finish, 120, lambda result: ["```", *result.get("output", [])[-15:], "```"]),
     "default": Part(default, 90, default_table),
     "profile": Part(profile, 40, profile_table),
-    "micro": Part(levers.time_layers, 40, layers_table),
+    "micro": Part(layers.time_layers, 40, layers_table),
     "levers": Part(levers.try_levers, 90, levers_table),
     "gates": Part(gates, 40, gates_table),
     "sweep": Part(sweep, 60, sweep_table),
