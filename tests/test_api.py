@@ -17,9 +17,9 @@ import pytest
 import requests
 import yaml
 
+from bench.server import Server, serve
 from conftest import ROOT
 from documents import check_table
-from serving import Server, serve
 
 PAGE = ROOT / "docs" / "api.md"
 JSON = {"Content-Type": "application/json"}

@@ -30,7 +30,7 @@ write_video(Path(sys.argv[2]), engine.run(job), request.fps, dict(job.metadata))
 @pytest.mark.full_size
 def test_the_full_size_network_makes_a_video_on_the_cpu(tmp_path: Path):
     model, video = tmp_path / "ms-1.7b-random", tmp_path / "a.mp4"
-    subprocess.run([sys.executable, ROOT / "scripts" / "random_weights.py", model], check=True)
+    subprocess.run([sys.executable, "-m", "bench.random_weights", model], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "-c", PROGRAM, model, video], check=True, cwd=ROOT)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"\npeak memory of the children: {peak:.1f} GiB")

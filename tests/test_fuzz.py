@@ -16,7 +16,7 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from serving import Server, serve
+from bench.server import Server, serve
 
 COUNT = int(os.environ.get("T2V_FUZZ", 150))
 TIMEOUT = 60  # seconds an answer may take

@@ -19,8 +19,8 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.server import Server, serve
 from conftest import ROOT, TINY_UNET, reference_unet
-from serving import Server, serve
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 2, "num_inference_steps": 1, "seed": 0}
 SLOW = QUICK | {"num_frames": 32, "num_inference_steps": 500}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import requests
 
+from bench.server import Server, saved, serve
 from conftest import ROOT
-from serving import Server, saved, serve
 from t2v.media.encode import VideoInfo, read_metadata, write_video
 from t2v.serving.schema import document
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import requests
 
+from bench.server import Server, saved, serve
 from conftest import ROOT
-from serving import Server, saved, serve
 from t2v.media.encode import VideoInfo, read_metadata
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_inference_steps": 8, "seed": 0}

@@ -1,4 +1,4 @@
-"""Cog's real server on 127.0.0.1, for the tests that talk to one."""
+"""Cog's real server on 127.0.0.1, for the soak run and for the tests that talk to a server."""
 
 import base64
 import os
@@ -16,9 +16,11 @@ import numpy as np
 import psutil
 import requests
 
-from conftest import ROOT
 from t2v.media.encode import VideoInfo, read_video
 from t2v.serving.schema import write_schema
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 BUSY_FOR = 30  # seconds a test waits for the slot to be free
 

@@ -1,7 +1,7 @@
 """Ask the real server for many predictions in a row, and see whether anything of it grows.
 
-    python scripts/soak.py --predictions 1000
-    python scripts/soak.py --predictions 60 --leak 10
+    python -m bench.soak --predictions 1000
+    python -m bench.soak --predictions 60 --leak 10
 
 Six requests of ten are videos of 2 frames; the others are refused by the schema, refused by the predictor, cancelled,
 or left by their caller. Prints a table of memory, descriptors, threads, temporary files and zombies, a sentence for
@@ -25,10 +25,7 @@ from typing import Any
 import psutil
 import requests
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from serving import Server, serve  # noqa: E402
+from bench.server import ROOT, Server, serve
 
 QUICK: dict[str, Any] = {"prompt": "a red circle moving right", "num_frames": 2, "num_inference_steps": 2, "seed": 0}
 LONG = QUICK | {"num_inference_steps": 500}

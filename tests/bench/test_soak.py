@@ -1,4 +1,4 @@
-"""scripts/soak.py: what it calls growth, and a short run of it with and without a leak."""
+"""bench/soak.py: what it calls growth, and a short run of it with and without a leak."""
 
 import dataclasses
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import soak
-from soak import Sample, grown
+from bench import soak
+from bench.soak import Sample, grown
 
 STEADY = [Sample(i, 50, 500, 0, 30, 20, 1, 4, 0) for i in range(0, 201, 5)]
 

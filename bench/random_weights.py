@@ -1,20 +1,17 @@
 """Write a model folder of the 1.7B model's full size with random weights, to measure speed, memory and load times.
 
-    python scripts/random_weights.py weights/ms-1.7b-random
+    python -m bench.random_weights weights/ms-1.7b-random
 
 Names, shapes and configs are the published ones; 3.7 GB in float16. Layers that training starts from zero are random
 too, so that no arithmetic is trivially skipped.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from t2v.checkpoints.convert import SCHEDULER, TOKENIZER
 from t2v.checkpoints.folder import NetworkFiles, write_model
@@ -38,21 +35,25 @@ def main() -> None:
     write(args.out, args.seed)
 
 
-def write(out: Path, seed: int = 0) -> None:
-    """Write the folder; one network is in memory at a time, 2.8 GB at most."""
-    write_model(out, random_networks(torch.Generator().manual_seed(seed)), SCHEDULER, TOKENIZER)
+def write(out: Path, seed: int = 0, device: str = "cpu") -> None:
+    """Write the folder; one network is in memory at a time, 2.8 GB at most.
+
+    Args:
+        device: where the values are drawn. A GPU takes a second, and draws other values than a CPU.
+    """
+    write_model(out, random_networks(torch.Generator(device).manual_seed(seed)), SCHEDULER, TOKENIZER)
 
 
 def random_networks(generator: torch.Generator) -> Iterator[NetworkFiles]:
     for network, config in CONFIGS.items():
         state = {}
         for name, p in build_on_meta(network, config).named_parameters():
-            value = torch.empty(p.shape, dtype=torch.float16)
+            value = torch.empty(p.shape, dtype=torch.float16, device=generator.device)
             scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.02
             value.normal_(0, scale, generator=generator)
             if p.ndim == 1 and name.endswith("weight"):  # of a norm
                 value += 1
-            state[name] = value
+            state[name] = value.cpu()
         yield NetworkFiles.of(network, config, state)
 
 

@@ -1,0 +1,160 @@
+"""The engine on a GPU, against itself on the CPU. Recordings as CUDA graphs are in test_graph.py."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import DEMO
+from t2v.engine import LEAN, USUAL, Engine
+from t2v.graph import Graphs
+from t2v.request import Request
+from test_lora import mcm_folder  # noqa: F401
+
+CUDA = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+REQUEST = Request("a red circle moving right on a black background", num_frames=8, num_inference_steps=5, seed=0)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double().cpu(), b.double().cpu()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Engine:
+    return Engine.load(DEMO, "cpu")
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Engine:
+    return Engine.load(DEMO, CUDA)
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 2e-2)])
+def test_latents_are_those_of_the_cpu(cpu: Engine, dtype: str, bound: float):
+    gpu = Engine.load(DEMO, CUDA, dtype)
+    assert error(gpu.denoised(REQUEST), cpu.denoised(REQUEST)) < bound
+
+
+def test_frames_are_those_of_the_cpu(cpu: Engine, cuda: Engine):
+    latents = cpu.denoised(REQUEST)
+    (expected,), (frames,) = list(cpu.vae.decode(latents)), list(cuda.vae.decode(latents.to(CUDA)))
+    assert frames.shape == expected.shape and abs(frames.astype(int) - expected).max() <= 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 4}, {"window": 4, "loop": True}, {"next_prompts": "a blue square", "window": 4}]
+)
+def test_windows_are_those_of_the_cpu(cpu: Engine, cuda: Engine, change: dict):
+    request = dataclasses.replace(REQUEST, **change)
+    assert error(cuda.denoised(request), cpu.denoised(request)) < 2e-2
+
+
+def test_a_recorded_step_is_the_step(cuda: Engine):
+    assert isinstance(cuda.step, Graphs)
+    recorded = cuda.denoised(REQUEST)
+    assert cuda.step.recordings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "step", cuda._step)
+        launched = cuda.denoised(REQUEST)
+    assert error(recorded, launched) < 1e-3
+
+
+def test_one_request_gives_the_same_bytes_again(cuda: Engine):
+    assert torch.equal(cuda.denoised(REQUEST), cuda.denoised(REQUEST))
+
+
+def test_a_cancelled_request_leaves_the_engine_as_it_was(cuda: Engine):
+    class Cancelled(BaseException):
+        pass
+
+    expected = cuda.denoised(REQUEST)
+
+    def cancel_at(stage: str, number: int) -> Callable[[str, int, int], None]:
+        def progress(now: str, done: int, total: int) -> None:
+            if (now, done) == (stage, number):
+                raise Cancelled
+
+        return progress
+
+    # A shape that is recorded, and one whose recording the request had just made.
+    for request in (REQUEST, dataclasses.replace(REQUEST, num_frames=5)):
+        for stage, number in (("text", 1), ("denoise", 2)):
+            with pytest.raises(Cancelled):
+                cuda.denoised(request, cancel_at(stage, number))
+    with pytest.raises(Cancelled):
+        list(cuda.generate(REQUEST, cancel_at("decode", 8)))
+    assert torch.equal(cuda.denoised(REQUEST), expected)
+
+
+def test_recordings_read_the_weights_that_a_lora_changed(tiny_folder: Path, mcm_folder: Path):  # noqa: F811
+    engine, plain = Engine.load(tiny_folder, CUDA, lora=str(mcm_folder)), Engine.load(tiny_folder, CUDA)
+    turbo = Request("a circle", num_frames=2, seed=1)
+    quality = dataclasses.replace(turbo, preset="quality", num_inference_steps=3)
+    assert engine.sampling(turbo).preset == "turbo"
+    first, second = engine.denoised(turbo), engine.denoised(quality)
+    assert error(second, plain.denoised(quality)) < 1e-3
+    assert isinstance(engine.step, Graphs) and len(engine.step.recordings) == 2
+    for _ in range(2):
+        assert error(engine.denoised(turbo), first) < 1e-3
+        assert error(engine.denoised(quality), second) < 1e-3
+    assert error(first, second) > 0.1
+
+
+@torch.inference_mode()
+def test_the_denoiser_takes_no_more_memory_than_is_planned_for(cuda: Engine):
+    request = Request(num_frames=32, width=256, height=256, seed=0)
+    latents = cuda.noise(request)
+    context = cuda.text.encode(["", "a red circle"])
+    cuda.unet(latents.half(), 500, context)  # the libraries take their workspaces
+    assert peak(lambda: cuda.unet(latents.half(), 500, context)) <= cuda.unet.workspace(2, latents.shape)
+
+
+@torch.inference_mode()
+def test_the_decoder_takes_no_more_memory_than_is_planned_for(cuda: Engine):
+    latents = cuda.noise(Request(num_frames=8, width=256, height=256, seed=0))
+    list(cuda.vae.decode(latents))
+    assert peak(lambda: list(cuda.vae.decode(latents))) <= 1.1 * cuda.vae.workspace(8, 256, 256)
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Bytes of tensors that it held at most."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_the_lean_plan_makes_the_same(cuda: Engine):
+    """One row at a time, without recordings."""
+    assert error(cuda.denoised(REQUEST, plan=LEAN), cuda.denoised(REQUEST, plan=USUAL)) < 1e-2
+
+
+def test_recordings_give_way_to_a_request_that_needs_the_memory(cuda: Engine, monkeypatch: pytest.MonkeyPatch):
+    cuda.denoised(REQUEST)
+    assert isinstance(cuda.step, Graphs) and cuda.step.recordings
+    step, failed = cuda._step, []
+
+    def out_of_memory_once(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*args, **kwargs)
+
+    other = dataclasses.replace(REQUEST, num_frames=3)
+    monkeypatch.setattr(cuda.step, "function", out_of_memory_once)
+    made = cuda.denoised(other)
+    assert failed and made.shape[2] == 3 and bool(made.isfinite().all())
