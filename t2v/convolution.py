@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v import fused
+
 # Multiplications per tap from which on fewer of them save more time than the additions that it takes; measured.
 WORTH = 2**27
 
@@ -34,7 +36,17 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, h, w) -> (n, c_out, h, w), channels last."""
-        return convolve(x, self.weight, self.bias)
+        y, bias = self.apart(x)
+        return y if bias is None else fused.add_bias(y, bias)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result, and the bias that is still to be added to it, where a kernel adds it along with something else."""
+        if fused.runs("bias", x) and x.shape[1] % 16 == self.out_channels % 16 == 0:
+            if self.kernel_size == (1, 1):  # a matrix product adds it by itself
+                y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+                return y.permute(0, 3, 1, 2), None
+            return convolve(x, self.weight, None), self.bias
+        return convolve(x, self.weight, self.bias), None
 
 
 class Upsample(nn.Module):
@@ -58,6 +70,8 @@ class Upsample(nn.Module):
             return self.conv(F.interpolate(x, size=tuple(size or doubled), mode="nearest"))
         if multiplies_slowly(x):
             return by_differences(x, self.kernel, self.conv.bias)
+        if self.conv.bias is not None and fused.runs("bias", x):
+            return fused.add_bias(F.conv_transpose2d(x, self.kernel, stride=2, padding=1), self.conv.bias)
         return F.conv_transpose2d(x, self.kernel, self.conv.bias, stride=2, padding=1)
 
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v import fused
 from t2v.config import Config
 from t2v.convolution import Conv, Upsample, convolve
 from t2v.errors import WeightsError
@@ -194,7 +195,7 @@ class UNet3D(nn.Module):
         for block in self.up_blocks:
             x = block.up(x, signals, skips)
 
-        x = conv2d(self.conv_out, F.silu(frame_norm(self.conv_norm_out, x)))
+        x = conv2d(self.conv_out, frame_norm(self.conv_norm_out, x, silu=True))
         return x.permute(0, 4, 1, 2, 3)
 
 
@@ -279,11 +280,10 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, signals: Signals) -> Tensor:
         """(b, F, h, w, c_in) -> (b, F, h, w, c_out)."""
         images = frames(x)
-        h = self.conv1(F.silu(self.norm1(images)))
-        term = signals[self].repeat_interleave(x.shape[1], dim=0) if len(signals[self]) > 1 else signals[self]
-        h = self.conv2(F.silu(self.norm2(h + term[:, :, None, None])))
-        h = h + (images if self.conv_shortcut is None else self.conv_shortcut(images))
-        return unframes(h, x.shape[0])
+        h, bias = self.conv1.apart(fused.group_norm(self.norm1, images, silu=True))
+        h, bias = self.conv2.apart(fused.group_norm(self.norm2, h, silu=True, bias=bias, term=signals[self]))
+        shortcut = images if self.conv_shortcut is None else self.conv_shortcut(images)
+        return unframes(fused.add(h, shortcut, bias), x.shape[0])
 
 
 class TemporalConvs(nn.Module):
@@ -299,10 +299,11 @@ class TemporalConvs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         image = h = x.flatten(2, 3).permute(0, 3, 1, 2)  # (b, c, F, h*w), channels last
+        bias = None
         for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
             norm, conv = stage.values()
-            h = conv(F.silu(norm(h)))
-        return (image + h).permute(0, 2, 3, 1).contiguous().view(x.shape)
+            h, bias = conv.apart(fused.group_norm(norm, h, silu=True, bias=bias))
+        return fused.add(h, image, bias).permute(0, 2, 3, 1).contiguous().view(x.shape)
 
 
 class TemporalConv(nn.Module):
@@ -322,6 +323,12 @@ class TemporalConv(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(b, c, F, pixels) -> same."""
         return convolve(image, self.weight[..., 0], self.bias)
+
+    def apart(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `Conv.apart`."""
+        if fused.runs("bias", image):
+            return convolve(image, self.weight[..., 0], None), self.bias
+        return self(image), None
 
 
 class SpatialTransformer(nn.Module):
@@ -349,10 +356,10 @@ class SpatialTransformer(nn.Module):
         """x (b, F, h, w, c), or (1, ...) for all rows of the text -> (b, F, h, w, c)."""
         block = self.transformer_blocks[0]
         h = self.proj_in(frame_norm(self.norm, x))
-        tokens = block.norm1(h).flatten(0, 1).flatten(1, 2)  # (b*F, h*w, width)
-        h = h + block.attn1.to_itself(tokens).view(h.shape)
-        h = h + block.attn2.to_text(block.norm2(h), *signals[self])
-        h = h + block.ff(block.norm3(h))
+        tokens = fused.layer_norm(block.norm1, h).flatten(0, 1).flatten(1, 2)  # (b*F, h*w, width)
+        h, normed = fused.add_and_layer_norm(block.norm2, h, block.attn1.to_itself(tokens).view(h.shape))
+        h, normed = fused.add_and_layer_norm(block.norm3, h, block.attn2.to_text(normed, *signals[self]))
+        h = h + block.ff(normed)
         return x + self.proj_out(h)
 
 
@@ -369,14 +376,12 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, F, h, w, c) -> (b, F, h, w, c)."""
-        b, frames, height, width, c = x.shape
         block = self.transformer_blocks[0]
-        pixels = video_norm(self.norm, x).flatten(2, 3).transpose(1, 2).contiguous()  # (b, h*w, F, c)
-        h = self.proj_in(pixels.flatten(0, 1))
-        h = h + block.attn1.to_itself(block.norm1(h))
-        h = h + block.attn2.to_itself(block.norm2(h))
-        h = h + block.ff(block.norm3(h))
-        return x + self.proj_out(h).view(b, height, width, frames, c).permute(0, 3, 1, 2, 4)
+        h = self.proj_in(fused.group_norm_by_pixel(self.norm, x))  # (b*h*w, F, inner)
+        h, normed = fused.add_and_layer_norm(block.norm2, h, block.attn1.to_itself(fused.layer_norm(block.norm1, h)))
+        h, normed = fused.add_and_layer_norm(block.norm3, h, block.attn2.to_itself(normed))
+        h = h + block.ff(normed)
+        return fused.add_by_pixel(x, self.proj_out(h))
 
 
 class TransformerBlock(nn.Module):
@@ -405,8 +410,9 @@ class Attention(nn.Module):
 
     def to_itself(self, x: Tensor) -> Tensor:
         """All of a sequence attend to each other. (n, l, c) -> same."""
-        q, k, v = (self.split(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](self.attend(q, k, v))
+        q, k, v = (project(x) for project in (self.to_q, self.to_k, self.to_v))
+        y = fused.short_attention(q, k, v, self.heads)
+        return self.to_out[0](self.attend(*map(self.split, (q, k, v))) if y is None else y)
 
     def to_text(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every pixel of every frame attends to the text: x (b, F, h, w, c), or (1, ...) for all b rows of k and v."""
@@ -437,6 +443,9 @@ class FeedForward(nn.Module):
         # As two products: contiguous halves are read faster than those of one product.
         (value_weight, gate_weight), (value_bias, gate_bias) = proj.weight.chunk(2), proj.bias.chunk(2)
         out_weight = out.weight
+
+        if fused.runs("GEGLU", x):
+            return out(fused.geglu(*proj(x).chunk(2, dim=-1)))  # the kernel reads halves as fast
 
         def some(tokens: Tensor) -> Tensor:
             gate = F.gelu(F.linear(tokens, gate_weight, gate_bias))
@@ -503,12 +512,6 @@ def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
     return unframes(conv(frames(x)), x.shape[0])
 
 
-def frame_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def frame_norm(norm: nn.Module, x: Tensor, silu: bool = False) -> Tensor:
     """Group norm with statistics of each frame of (b, F, h, w, c)."""
-    return unframes(norm(frames(x)), x.shape[0])
-
-
-def video_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Group norm with statistics over all frames of (b, F, h, w, c): the frames stacked into one tall image."""
-    tall = x.flatten(1, 2).permute(0, 3, 1, 2)  # (b, c, F*h, w)
-    return norm(tall).permute(0, 2, 3, 1).contiguous().view(x.shape)
+    return unframes(fused.group_norm(norm, frames(x), silu), x.shape[0])
