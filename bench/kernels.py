@@ -3,10 +3,10 @@
 import json
 import re
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -24,13 +24,22 @@ OPERATIONS = (
 )
 # By the kernel's name, where a recorded graph says nothing of operations.
 KERNELS = (
-    ("attention", re.compile(r"flash|fmha|sdpa|attention|softmax", re.IGNORECASE)),
+    ("attention", re.compile(r"flash|fmha|sdpa|attention|softmax|^attend$", re.IGNORECASE)),
+    ("norm", re.compile(r"^(small_norm|norm_rows|add_up|finish|apply)$")),  # ours
     ("conv", re.compile(r"conv|implicit_gemm|fprop|dgrad|wgrad", re.IGNORECASE)),
     ("GEMM", re.compile(r"gemm|gemv|nvjet|cutlass|splitK|cublas", re.IGNORECASE)),
     ("norm", re.compile(r"norm|moments|FusedParams|welford", re.IGNORECASE)),
     ("copy", re.compile(r"copy|index|repeat|fill", re.IGNORECASE)),
 )
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+class Launch(NamedTuple):
+    """A kernel, the operation of torch that launched it, and the shapes of that."""
+
+    kernel: str
+    operation: str | None
+    shapes: list[list[int]]
 
 
 def kind(kernel: str, operation: str | None = None) -> str:
@@ -46,8 +55,12 @@ def kind(kernel: str, operation: str | None = None) -> str:
     return "elementwise"
 
 
-def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
+def profile(function: Callable[[], Any], cuda: bool, known: list[Launch] | None = None) -> dict[str, Any]:
     """Run it once under the profiler, after one run that warms it up.
+
+    Args:
+        known: launches of earlier profiles, to which those of this one are added. A recorded graph says nothing of
+            operations: its kernels are taken for those of the same names before, in the same order.
 
     Returns:
         `kernels` (their number), `busy_ms` (time in which at least one ran), `kinds` (milliseconds by kind), `top` (the
@@ -63,10 +76,10 @@ def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return summarise(events, cuda)
+    return summarise(events, cuda, known)
 
 
-def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, Any]:
+def summarise(events: Iterable[dict[str, Any]], cuda: bool = True, known: list[Launch] | None = None) -> dict[str, Any]:
     """`profile` of the events of a Chrome trace, whose times are microseconds."""
     complete = [event for event in events if event.get("ph") == "X"]
     operations = {
@@ -76,12 +89,21 @@ def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, 
         kernels = [event for event in complete if event.get("cat") in ON_DEVICE]
     else:
         kernels = _leaves([event for event in complete if event.get("cat") == "cpu_op"])
+    kernels.sort(key=lambda event: event["ts"])
+    earlier: dict[str, deque[Launch]] = defaultdict(deque)
+    for launch in known or []:
+        earlier[launch.kernel].append(launch)
+    recorded = cuda and not any(event.get("args", {}).get("External id") in operations for event in kernels)
     kinds: dict[str, float] = defaultdict(float)
     lines: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in kernels:
         operation = operations.get(event.get("args", {}).get("External id"))
         name = operation["name"] if operation else None
         shapes = [s for s in operation["args"].get("Input Dims", []) if s][:2] if operation else []
+        if recorded and earlier[event["name"]]:
+            _, name, shapes = earlier[event["name"]].popleft()
+        elif known is not None and not recorded:
+            known.append(Launch(event["name"], name, shapes))
         kinds[kind(event["name"], name)] += event["dur"] / 1e3
         lines[event["name"][:90], name or "", json.dumps(shapes)].append(event["dur"] / 1e3)
     longest = sorted(lines.items(), key=lambda item: -sum(item[1]))[:25]

@@ -13,14 +13,13 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.lab import Lab, Step, milliseconds, relative_error, wall_milliseconds
-from t2v import unet3d
+from t2v import fused
 from t2v.convolution import Upsample
-from t2v.engine import Engine
-from t2v.unet3d import Attention, FeedForward, ResBlock, TemporalConv, TemporalConvs, UNet3D
+from t2v.unet3d import Attention, FeedForward, UNet3D
 
 Lever = Callable[[UNet3D], AbstractContextManager[Any]]
 
@@ -74,40 +73,6 @@ def _apply(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tens
     return torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, scale.to(x.dtype)[:, :, None, None])
 
 
-def norms_by(function: Callable[..., Tensor]) -> Lever:
-    def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        return function(x, self.num_groups, self.weight, self.bias, self.eps)
-
-    return lambda unet: patch.object(nn.GroupNorm, "forward", forward)
-
-
-@contextlib.contextmanager
-def fused_norms(unet: UNet3D) -> Iterator[None]:
-    """Every group norm, and the SiLU after it where there is one, as the Triton kernels of `t2v.groupnorm_triton`."""
-    from t2v.groupnorm_triton import group_norm
-
-    activated = {unet.conv_norm_out}
-    for module in unet.modules():
-        if isinstance(module, ResBlock):
-            activated |= {module.norm1, module.norm2}
-        if isinstance(module, TemporalConvs):
-            activated |= {
-                next(iter(stage.values())) for stage in (module.conv1, module.conv2, module.conv3, module.conv4)
-            }
-
-    def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=self in activated)
-
-    class Functional:
-        """torch.nn.functional, but for SiLU, which the kernels have applied."""
-
-        def __getattr__(self, name: str) -> Any:
-            return (lambda x: x) if name == "silu" else getattr(F, name)
-
-    with patch.object(nn.GroupNorm, "forward", forward), patch.object(unet3d, "F", Functional()):
-        yield
-
-
 # Temporal convolutions of (b, c, F, pixels), channels last.
 
 
@@ -135,13 +100,6 @@ def temporal_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
 
 
-def temporal_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Lever:
-    def forward(self: TemporalConv, image: Tensor) -> Tensor:
-        return function(image, self.weight, self.bias)
-
-    return lambda unet: patch.object(TemporalConv, "forward", forward)
-
-
 # Linear layers.
 
 
@@ -154,22 +112,42 @@ def one_product_for_qkv(unet: UNet3D) -> Iterator[None]:
             joined[module] = torch.cat([module.to_q.weight, module.to_k.weight, module.to_v.weight])
 
     def to_itself(self: Attention, x: Tensor) -> Tensor:
-        q, k, v = map(self.split, F.linear(x, joined[self]).chunk(3, dim=-1))
-        return self.to_out[0](self.attend(q, k, v))
+        q, k, v = F.linear(x, joined[self]).chunk(3, dim=-1)
+        y = fused.short_attention(q, k, v, self.heads)
+        return self.to_out[0](self.attend(*map(self.split, (q, k, v))) if y is None else y)
 
     with patch.object(Attention, "to_itself", to_itself):
         yield
 
 
 @contextlib.contextmanager
-def one_product_in_feed_forward(unet: UNet3D) -> Iterator[None]:
-    """A feed-forward's value and gate by one linear layer."""
+def two_products_in_feed_forward(unet: UNet3D) -> Iterator[None]:
+    """A feed-forward's value and gate by two linear layers, as on a CPU, and then the kernel."""
 
     def forward(self: FeedForward, x: Tensor) -> Tensor:
-        value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)
-        return self.net["2"](value * F.gelu(gate))
+        proj, out = self.net["0"]["proj"], self.net["2"]
+        weights, biases = proj.weight.chunk(2), proj.bias.chunk(2)
+        return out(fused.geglu(*(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))))
 
     with patch.object(FeedForward, "forward", forward):
+        yield
+
+
+def in_torch(*kernels: str) -> Lever:
+    """Without these Triton kernels."""
+    return lambda unet: fused.without(*kernels)
+
+
+@contextlib.contextmanager
+def in_torch_with(backend: SDPBackend) -> Iterator[None]:
+    """Short sequences by one of torch's attentions; the others as they are."""
+    attend = Attention.attend
+
+    def forward(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend) if q.shape[2] <= fused.SHORT else contextlib.nullcontext():
+            return attend(self, q, k, v)
+
+    with fused.without("attention"), patch.object(Attention, "attend", forward):
         yield
 
 
@@ -190,27 +168,15 @@ def upsampling_interpolated(unet: UNet3D) -> Iterator[None]:
 matmul = torch.backends.cuda.matmul
 LEVERS: dict[str, Lever] = {
     "as it is": lambda unet: contextlib.nullcontext(),
-    "cudnn.benchmark": lambda unet: attribute(torch.backends.cudnn, "benchmark", True),
-    "group norm by sums": norms_by(group_norm_by_sums),
-    "group norm by moments": norms_by(group_norm_by_moments),
-    "group norm + SiLU in Triton": fused_norms,
-    "temporal convolution as three products": temporal_by(temporal_by_products),
-    "temporal convolution as one product": temporal_by(temporal_by_patches),
-    "upsampling interpolated": upsampling_interpolated,
+    **{f"{kernel} in torch": in_torch(kernel) for kernel in fused.KERNELS},
+    "all in torch": in_torch(*fused.KERNELS),
+    "short attention: memory-efficient": lambda unet: in_torch_with(SDPBackend.EFFICIENT_ATTENTION),
     "q, k, v as one product": one_product_for_qkv,
-    "feed-forward as one product": one_product_in_feed_forward,
-    "attention: flash": lambda unet: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-    "attention: memory-efficient": lambda unet: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
-    "attention: cuDNN": lambda unet: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
-    "attention: plain": lambda unet: sdpa_kernel(SDPBackend.MATH),
-    "attention: flash, else memory-efficient": lambda unet: sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    ),
-    "products accumulated in float16": lambda unet: attribute(matmul, "allow_fp16_accumulation", True),
-    "products reduced in float32": lambda unet: attribute(matmul, "allow_fp16_reduced_precision_reduction", False),
+    "feed-forward as two products": two_products_in_feed_forward,
+    "upsampling interpolated": upsampling_interpolated,
+    "cudnn.benchmark": lambda unet: attribute(torch.backends.cudnn, "benchmark", True),
 }
-CHANGES_RESULT = ("products accumulated in float16",)  # by more than rounding of the same precision
-ONLY_ON_CUDA = {"group norm + SiLU in Triton"}
+ONLY_ON_CUDA = {name for name in LEVERS if name.endswith("in torch") or name.startswith("short attention")}
 
 
 @torch.inference_mode()
@@ -219,7 +185,7 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
     request = lab.request()
     unet = lab.engine.unet
     step = lab.step(lab.engine, request)
-    exact = exact_prediction(lab, request)
+    exact = exact_prediction(lab, request)  # the part after this one measures against float32 too
     rows = result["rows"] = []
 
     def measured(name: str, lever: Lever, unet: UNet3D = unet, step: Step = step) -> dict[str, Any]:
@@ -246,31 +212,21 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
     for name, lever in LEVERS.items():
         if name != "as it is" and (lab.cuda or name not in ONLY_ON_CUDA):
             measured(name, lever)
-    # Alternatives of one another: of each family the fastest.
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows[1:]:
-        family = row["lever"].split(":")[0].split(" as ")[0].split(" by ")[0].split(" + ")[0]
-        gained = row.get("ms", 1e9) < 0.995 * base["ms"] and row["lever"] not in CHANGES_RESULT
-        if gained and row["ms"] < best.get(family, {"ms": 1e9})["ms"]:
-            best[family] = row
-    result["together"] = [row["lever"] for row in best.values()]
+    if not lab.cuda:
+        print("  The Triton kernels run on CUDA alone; what they would bring is not tried here.")
+    best = [row["lever"] for row in rows[1:] if row.get("ms", 1e9) < 0.995 * base["ms"]]
+    result["together"] = best
 
     @contextlib.contextmanager
     def together(unet: UNet3D) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for row in best.values():
-                stack.enter_context(LEVERS[row["lever"]](unet))
+            for name in best:
+                stack.enter_context(LEVERS[name](unet))
             yield
 
-    measured("all that gained, together", together)
+    if len(best) > 1:
+        measured("all that gained, together", together)
     measured("as it is, once more", LEVERS["as it is"])
-
-    exactly = lab.step(lab.exact, request)
-    for name, allowed in (("float32", False), ("float32 with TF32", True)):
-        measured(name, lambda unet, allowed=allowed: tf32(allowed), lab.exact.unet, exactly)
-    lab.drop("exact")
-    brain = Engine.load(lab.folder, lab.device, "bfloat16")
-    measured("bfloat16", LEVERS["as it is"], brain.unet, lab.step(brain, request))
 
 
 @contextlib.contextmanager
@@ -391,7 +347,7 @@ def norms(lab: Lab) -> dict[str, Callable[..., Tensor]]:
     }
     if lab.cuda:
         with contextlib.suppress(ImportError):
-            from t2v.groupnorm_triton import group_norm
+            from t2v.triton_kernels import group_norm
 
             ways["Triton"] = lambda *args: group_norm(*args, silu=True)
     return ways
@@ -410,7 +366,11 @@ def compile_network(lab: Lab, result: dict[str, Any]) -> None:
         row: dict[str, Any] = {"mode": mode}
         rows.append(row)
         compiled = torch.compile(lab.engine.unet.run, mode=mode, dynamic=False)
-        call = partial(compiled, latents, step.timestep_terms, step.text_kv)
+
+        def call(compiled: Callable[..., Tensor] = compiled) -> Tensor:
+            with fused.without(*fused.KERNELS):  # the compiler makes its own
+                return compiled(latents, step.timestep_terms, step.text_kv)
+
         start = time.perf_counter()
         try:
             row["error_to_float32"] = relative_error(call(), exact)

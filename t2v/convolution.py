@@ -40,7 +40,7 @@ class Conv(nn.Conv2d):
         return y if bias is None else fused.add_bias(y, bias)
 
     def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The result, and the bias that is still to be added to it, where a kernel adds it along with something else."""
+        """The result, and the bias that it still lacks, where a kernel adds that along with something else."""
         if fused.runs("bias", x) and x.shape[1] % 16 == self.out_channels % 16 == 0:
             if self.kernel_size == (1, 1):  # a matrix product adds it by itself
                 y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)

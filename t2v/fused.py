@@ -8,10 +8,11 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 KERNELS = ("group norm", "bias", "layer norm", "GEGLU", "attention")
 HALF = (torch.float16, torch.bfloat16)
@@ -37,7 +38,9 @@ def available() -> bool:
         triton_kernels.geglu(x, x)
         torch.cuda.synchronize()
     except Exception as error:
-        log.warning("Triton's kernels do not run here, torch's do, slower: %s", f"{type(error).__name__}: {error}"[:300])
+        log.warning(
+            "Triton's kernels do not run here, torch's do, slower: %s", f"{type(error).__name__}: {error}"[:300]
+        )
         return False
     return True
 
@@ -55,7 +58,7 @@ def without(*kernels: str) -> Iterator[None]:
 
 
 def group_norm(
-    norm: nn.Module, x: Tensor, silu: bool = False, bias: Tensor | None = None, term: Tensor | None = None
+    norm: Any, x: Tensor, silu: bool = False, bias: Tensor | None = None, term: Tensor | None = None
 ) -> Tensor:
     """Group norm of x + bias + term, then SiLU where it is asked for.
 
@@ -81,7 +84,7 @@ def group_norm(
     return F.silu(norm(x)) if silu else norm(x)
 
 
-def group_norm_by_pixel(norm: nn.Module, x: Tensor) -> Tensor:
+def group_norm_by_pixel(norm: Any, x: Tensor) -> Tensor:
     """Group norm over all frames of (b, F, h, w, c) -> (b*h*w, F, c), the frames of one pixel after the other."""
     b, frames, height, width, c = x.shape
     tall = x.flatten(1, 2).permute(0, 3, 1, 2)  # (b, c, F*h, w)
@@ -125,7 +128,7 @@ def add_by_pixel(x: Tensor, y: Tensor) -> Tensor:
     return x + y.view(b, height, width, frames, c).permute(0, 3, 1, 2, 4)
 
 
-def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def layer_norm(norm: Any, x: Tensor) -> Tensor:
     """Layer norm along the last axis."""
     if runs("layer norm", x) and x.shape[-1] <= WIDEST:
         from t2v import triton_kernels
@@ -134,7 +137,7 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x)
 
 
-def add_and_layer_norm(norm: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def add_and_layer_norm(norm: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """x + y, which may broadcast, and the layer norm of that."""
     if x.shape == y.shape and runs("layer norm", x) and x.shape[-1] <= WIDEST:
         from t2v import triton_kernels

@@ -64,11 +64,13 @@ def group_norm(
     if term is not None and term.stride(1) != 1:
         term = term.contiguous()
     # Where there is none, a pointer that is never read.
-    extra = (weight if added is None else added, int(added is not None))
-    extra += (weight if term is None else term, int(term is not None), repeats, stride)
+    extra = (
+        *(weight if added is None else added, int(added is not None)),
+        *(weight if term is None else term, int(term is not None), repeats, stride),
+    )
     if pixels <= SMALL[0] and NARROW <= width <= SMALL[1]:
-        args = (rows, y, weight, bias, *extra, pixels, c, width, eps, int(silu), frames)
-        small_norm[n, groups](*args, *SMALL)
+        numbers = (weight, bias, *extra, pixels, c, width, eps, int(silu), frames)
+        small_norm[n, groups](rows, y, *numbers, *SMALL)
     else:
         columns = triton.cdiv(c, CHANNELS)
         steps = triton.cdiv(pixels, PIXELS)
@@ -78,10 +80,10 @@ def group_norm(
         scales = torch.empty((2, n, c), device=x.device, dtype=torch.float32)
         grid = (n, chunks, columns)
         add_up[grid](rows, sums[0], sums[1], *extra, pixels, c, chunks, per_chunk, PIXELS, CHANNELS)
-        args = (sums[0], sums[1], weight, bias, scales[0], scales[1], *extra, c, chunks, width, pixels, eps)
-        finish[n, groups](*args, PIXELS, max(CHANNELS, triton.next_power_of_2(width)))
-        args = (rows, y, scales[0], scales[1], pixels, c, per_chunk, int(silu), frames)
-        apply[grid](*args, PIXELS, CHANNELS)
+        tile = (PIXELS, max(CHANNELS, triton.next_power_of_2(width)))
+        parameters = (weight, bias, scales[0], scales[1], *extra, c, chunks, width, pixels, eps)
+        finish[n, groups](sums[0], sums[1], *parameters, *tile)
+        apply[grid](rows, y, scales[0], scales[1], pixels, c, per_chunk, int(silu), frames, PIXELS, CHANNELS)
     return y.permute(0, 3, 1, 2)
 
 
@@ -412,17 +414,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention within sequences that are short.
 
     Args:
-        q, k, v: (n, l, heads * d), contiguous, l <= ROWS.
+        q, k, v: (n, l, heads * d), l <= ROWS; as parts of one tensor (n, l, 3 * heads * d) they are read in place.
 
     Returns:
-        The same shape.
+        The same shape, contiguous.
     """
     n, length, c = q.shape
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    y = torch.empty_like(q)
+    stride = q.stride(1)
+    if any(x.stride() != (length * stride, stride, 1) for x in (q, k, v)):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        stride = c
+    y = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     d = c // heads
     sequences = ROWS // length
-    args = (q, k, v, y, n, length, sequences, c, d, d**-0.5)
+    args = (q, k, v, y, n, length, sequences, stride, c, d, d**-0.5)
     attend[triton.cdiv(n, sequences), heads](*args, ROWS, max(16, triton.next_power_of_2(d)))
     return y
 
@@ -436,6 +441,7 @@ def attend(
     n,
     length,
     sequences,
+    stride,
     c,
     d,
     scale,
@@ -447,7 +453,7 @@ def attend(
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     count = tl.minimum(n - first, sequences) * length
     inside = (row < count)[:, None] & (column < d)[None, :]
-    place = (first * length + row)[:, None] * c + tl.program_id(1) * d + column[None, :]
+    place = (first * length + row)[:, None] * stride + tl.program_id(1) * d + column[None, :]
     queries = tl.load(q + place, mask=inside, other=0.0)
     keys = tl.load(k + place, mask=inside, other=0.0)
     values = tl.load(v + place, mask=inside, other=0.0)
@@ -457,4 +463,5 @@ def attend(
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)
     result = tl.dot(weights.to(values.dtype), values, input_precision="ieee") / total[:, None]
+    place = (first * length + row)[:, None] * c + tl.program_id(1) * d + column[None, :]
     tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)

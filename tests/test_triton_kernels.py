@@ -114,6 +114,8 @@ def test_attention(n: int, length: int, heads: int, d: int, dtype: torch.dtype, 
     split = (x.double().unflatten(-1, (heads, d)).transpose(1, 2) for x in (q, k, v))
     expected = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
     assert error(kernels.attention(q, k, v, heads), expected) < bound
+    together = torch.cat([q, k, v], dim=-1).chunk(3, dim=-1)
+    assert torch.equal(kernels.attention(*together, heads), kernels.attention(q, k, v, heads))
 
 
 @PRECISIONS
