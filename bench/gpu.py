@@ -33,6 +33,7 @@ import torch
 
 from bench import bench, kernels, levers, random_weights
 from bench.lab import Lab, markdown, milliseconds, relative_error, wall_milliseconds
+from t2v import fused
 from t2v.engine import MARGIN
 from t2v.request import Request
 from t2v.video import write_video
@@ -83,6 +84,9 @@ def env(lab: Lab, result: Result) -> None:
             command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
             result["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
         result |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        start = time.perf_counter()
+        result["triton_kernels_run"] = fused.available()
+        result["first_triton_kernel_s"] = time.perf_counter() - start
     source = torch.randn(n * n * (4 if lab.cuda else 1), device=lab.device)
     ms = milliseconds([partial(torch.empty_like(source).copy_, source)], lab.cuda)
     result["copy_gb_per_s"] = 2 * source.numel() * 4 / ms / 1e6

@@ -9,6 +9,7 @@ vae        latents -> uint8 frames, in chunks, and back; autoencoder: the networ
 source     a caller's picture or video -> frames
 video      uint8 frames -> file, verified
 convolution of maps in fewer products than it is written with; the denoiser and the autoencoder have it
+fused      what stands between convolutions and products: on CUDA in triton_kernels, else in torch
 graph      a function of tensors as a recording: a CUDA graph, or a trace
 memory     how much a device has left; thread, watchdog: for the server's sake
 networks   from a config to an empty network; config: what they have in common
