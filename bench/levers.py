@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.lab import Lab, Step, milliseconds, relative_error, wall_milliseconds
 from t2v import fused
-from t2v.convolution import Upsample
 from t2v.unet3d import Attention, FeedForward, UNet3D
 
 Lever = Callable[[UNet3D], AbstractContextManager[Any]]
@@ -151,20 +150,6 @@ def in_torch_with(backend: SDPBackend) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def upsampling_interpolated(unet: UNet3D) -> Iterator[None]:
-    """Nearest neighbour, then a 3x3 convolution, instead of a transposed convolution."""
-    modules = [module for module in unet.modules() if isinstance(module, Upsample)]
-    kernels = [module.kernel for module in modules]
-    for module in modules:
-        module.kernel = None
-    try:
-        yield
-    finally:
-        for module, kernel in zip(modules, kernels):
-            module.kernel = kernel
-
-
 matmul = torch.backends.cuda.matmul
 LEVERS: dict[str, Lever] = {
     "as it is": lambda unet: contextlib.nullcontext(),
@@ -173,8 +158,6 @@ LEVERS: dict[str, Lever] = {
     "short attention: memory-efficient": lambda unet: in_torch_with(SDPBackend.EFFICIENT_ATTENTION),
     "q, k, v as one product": one_product_for_qkv,
     "feed-forward as two products": two_products_in_feed_forward,
-    "upsampling interpolated": upsampling_interpolated,
-    "cudnn.benchmark": lambda unet: attribute(torch.backends.cudnn, "benchmark", True),
 }
 ONLY_ON_CUDA = {name for name in LEVERS if name.endswith("in torch") or name.startswith("short attention")}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench
+from bench import bench, kernels
 from t2v.request import Request
 
 REQUEST = Request("a red circle", num_frames=3, num_inference_steps=2, seed=0)
@@ -50,3 +50,20 @@ def test_a_profile_names_what_takes_time(
     monkeypatch.setattr(sys, "argv", ["bench.py", "--model", str(tiny_folder), *options])
     bench.main()
     assert capsys.readouterr().out.count("aten::mkldnn_convolution") == 2  # stock's and ours
+
+
+def test_a_recorded_graph_gets_the_operations_of_the_same_kernels_before():
+    def kernel(name: str, at: float, identity: int | None = None) -> dict:
+        arguments = {} if identity is None else {"External id": identity}
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": at, "dur": 2, "args": arguments}
+
+    operation = {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1}
+    operation |= {"args": {"External id": 7, "Input Dims": [[2, 3], [3, 4]]}}
+    known: list[kernels.Launch] = []
+    kernels.summarise([operation, kernel("gemm", 1, 7), kernel("small_norm", 4)], known=known)
+    found = kernels.summarise([kernel("small_norm", 1), kernel("gemm", 4)], known=known)
+    assert found["kinds"] == {"norm": 0.002, "GEMM": 0.002}
+    assert {(line["kernel"], line["operation"], line["shapes"]) for line in found["top"]} == {
+        ("gemm", "aten::mm", "[[2, 3], [3, 4]]"),
+        ("small_norm", "", "[]"),
+    }
