@@ -1,16 +1,29 @@
 """Tiny real parts: random networks of the model's topology, saved by diffusers and transformers in the real layout."""
 
+import contextlib
 import json
 import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which diffusers may do
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.runtime import interpreter
+
+        _patch = interpreter._patch_lang_tensor
+
+        def _patch_for_numpy(tensor: Any, scope: Any) -> None:
+            """numpy 2.4 no longer takes an array of one value for a number; bounds of loops are such arrays."""
+            _patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = _patch_for_numpy
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel

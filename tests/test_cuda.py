@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import DEMO
+from t2v.networks import fused
 from t2v.engine import LEAN, USUAL, Engine
 from t2v.graph import Graphs
 from t2v.request import Request
@@ -40,6 +41,35 @@ def cpu() -> Engine:
 @pytest.fixture(scope="module")
 def cuda() -> Engine:
     return Engine.load(DEMO, CUDA)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frames, side", [(16, 8), (5, 12), (1, 4)])
+def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: Engine, frames: int, side: int):
+    """Each is as far from float32 as the other, and each kernel alone as far as all of them."""
+    pytest.importorskip("triton")
+    latents, context = torch.randn(1, 4, frames, side, side), cpu.text.encode(["", "a red circle"])
+    expected = cpu.unet(latents, 500, context)
+    inputs = latents.to(CUDA, torch.float16), 500, context.to(CUDA, torch.float16)
+    with fused.without(*fused.KERNELS):
+        plain = error(cuda.unet(*inputs), expected)
+    assert fused.runs("bias", inputs[0])
+    assert error(cuda.unet(*inputs), expected) < 1.1 * plain + 2e-4
+    for kernel in fused.KERNELS:
+        with fused.without(kernel):
+            assert error(cuda.unet(*inputs), expected) < 1.1 * plain + 2e-4, kernel
+
+
+@torch.inference_mode()
+def test_the_autoencoder_with_kernels_is_the_autoencoder_without(cpu: Engine, cuda: Engine):
+    pytest.importorskip("triton")
+    for function, x in (("decode", torch.randn(3, 4, 8, 6)), ("encode", torch.rand(3, 3, 64, 48) * 2 - 1)):
+        expected = getattr(cpu.vae.autoencoder, function)(x)
+        network = getattr(cuda.vae.autoencoder, function)
+        half = x.to(CUDA, cuda.vae.dtype, memory_format=torch.channels_last)
+        with fused.without(*fused.KERNELS):
+            plain = error(network(half), expected)
+        assert error(network(half), expected) < 1.1 * plain + 2e-4
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 2e-2)])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.errors import WeightsError
+from t2v.networks import fused
 from t2v.networks.config import Config
 from t2v.networks.layers import Conv, Upsample
 
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(fused.group_norm(self.conv_norm_out, self.mid_block(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(fused.group_norm(self.conv_norm_out, x, silu=True))
 
 
 class Level(nn.Module):
@@ -158,9 +159,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, h, w) -> (n, c_out, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h, bias = self.conv1.apart(fused.group_norm(self.norm1, x, silu=True))
+        h, bias = self.conv2.apart(fused.group_norm(self.norm2, h, silu=True, bias=bias))
+        return fused.add(h, x if self.conv_shortcut is None else self.conv_shortcut(x), bias)
 
 
 class Attention(nn.Module):
@@ -176,7 +177,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> same."""
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (n, 1, h*w, c)
+        tokens = fused.group_norm(self.group_norm, x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (n, 1, h*w, c)
         y = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](y).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v.networks import fused
 from t2v.networks.convolution import conv2d_same, fused_upsample_kernel, upsample2x
 
 
@@ -17,7 +18,17 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, h, w) -> (n, c_out, h, w), channels last."""
-        return conv2d_same(x, self.weight, self.bias)
+        y, bias = self.apart(x)
+        return y if bias is None else fused.add_bias(y, bias)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result, and the bias that it still lacks, where a kernel adds that along with something else."""
+        if fused.runs("bias", x) and x.shape[1] % 16 == self.out_channels % 16 == 0:
+            if self.kernel_size == (1, 1):  # a matrix product adds it by itself
+                y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+                return y.permute(0, 3, 1, 2), None
+            return conv2d_same(x, self.weight, None), self.bias
+        return conv2d_same(x, self.weight, self.bias), None
 
 
 class Upsample(nn.Module):
@@ -39,6 +50,8 @@ class Upsample(nn.Module):
         doubled = [2 * length for length in x.shape[2:]]
         if self.kernel is None or not (size is None or list(size) == doubled):
             return self.conv(F.interpolate(x, size=tuple(size or doubled), mode="nearest"))
+        if self.conv.bias is not None and fused.runs("bias", x):
+            return fused.add_bias(upsample2x(x, self.kernel, None), self.conv.bias)
         return upsample2x(x, self.kernel, self.conv.bias)
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v.networks import fused
+
 # Sequences of one attention call. Along frames every pixel of every row is one, and CUDA's kernels take 65,535.
 MAX_SEQUENCES = 2**15
 
@@ -40,8 +42,9 @@ class Attention(nn.Module):
 
     def to_itself(self, x: Tensor) -> Tensor:
         """Self-attention within each sequence: (n, l, c) -> same."""
-        q, k, v = (self.split(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](self.attend(q, k, v))
+        q, k, v = (project(x) for project in (self.to_q, self.to_k, self.to_v))
+        y = fused.short_attention(q, k, v, self.heads)
+        return self.to_out[0](self.attend(*map(self.split, (q, k, v))) if y is None else y)
 
     def to_text(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Cross-attention of each pixel of each frame: x (b, F, h, w, c), or (1, ...) for all b rows of k and v."""
@@ -72,6 +75,9 @@ class FeedForward(nn.Module):
         # As two products: contiguous halves are read faster than those of one product.
         (value_weight, gate_weight), (value_bias, gate_bias) = proj.weight.chunk(2), proj.bias.chunk(2)
         out_weight = out.weight
+
+        if fused.runs("GEGLU", x):
+            return out(fused.geglu(*proj(x).chunk(2, dim=-1)))  # the kernel reads halves as fast
 
         def compute(tokens: Tensor) -> Tensor:
             gate = F.gelu(F.linear(tokens, gate_weight, gate_bias))

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.errors import WeightsError
+from t2v.networks import fused
 from t2v.networks.config import Config
 from t2v.networks.convolution import conv2d_same
 from t2v.networks.layers import Conv, Upsample
@@ -202,7 +203,7 @@ class UNet3D(nn.Module):
         for block in self.up_blocks:
             x = block.up(x, terms, kv, skips)
 
-        x = conv2d(self.conv_out, F.silu(frame_norm(self.conv_norm_out, x)))
+        x = conv2d(self.conv_out, frame_norm(self.conv_norm_out, x, silu=True))
         return x.permute(0, 4, 1, 2, 3)
 
 
@@ -288,13 +289,10 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, time_terms: TimeTerms) -> Tensor:
         """(b, F, h, w, c_in) -> (b, F, h, w, c_out)."""
         images = fold_frames(x)
-        h = self.conv1(F.silu(self.norm1(images)))
-        term = time_terms[self.index]
-        if len(term) > 1:
-            term = term.repeat_interleave(x.shape[1], dim=0)
-        h = self.conv2(F.silu(self.norm2(h + term[:, :, None, None])))
-        h = h + (images if self.conv_shortcut is None else self.conv_shortcut(images))
-        return unfold_frames(h, x.shape[0])
+        h, bias = self.conv1.apart(fused.group_norm(self.norm1, images, silu=True))
+        h, bias = self.conv2.apart(fused.group_norm(self.norm2, h, silu=True, bias=bias, term=time_terms[self.index]))
+        shortcut = images if self.conv_shortcut is None else self.conv_shortcut(images)
+        return unfold_frames(fused.add(h, shortcut, bias), x.shape[0])
 
 
 class TemporalConvs(nn.Module):
@@ -310,10 +308,11 @@ class TemporalConvs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         image = h = x.flatten(2, 3).permute(0, 3, 1, 2)  # (b, c, F, h*w), channels last
+        bias = None
         for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
             norm, conv = stage.values()
-            h = conv(F.silu(norm(h)))
-        return (image + h).permute(0, 2, 3, 1).contiguous().view(x.shape)
+            h, bias = conv.apart(fused.group_norm(norm, h, silu=True, bias=bias))
+        return fused.add(h, image, bias).permute(0, 2, 3, 1).contiguous().view(x.shape)
 
 
 class TemporalConv(nn.Module):
@@ -333,6 +332,12 @@ class TemporalConv(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(b, c, F, pixels) -> same."""
         return conv2d_same(image, self.weight[..., 0], self.bias)
+
+    def apart(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `Conv.apart`."""
+        if fused.runs("bias", image):
+            return conv2d_same(image, self.weight[..., 0], None), self.bias
+        return self(image), None
 
 
 class SpatialTransformer(nn.Module):
@@ -361,10 +366,10 @@ class SpatialTransformer(nn.Module):
         """x (b, F, h, w, c), or (1, ...) for all rows of the text -> (b, F, h, w, c)."""
         block = self.transformer_blocks[0]
         h = self.proj_in(frame_norm(self.norm, x))
-        tokens = block.norm1(h).flatten(0, 1).flatten(1, 2)  # (b*F, h*w, width)
-        h = h + block.attn1.to_itself(tokens).view(h.shape)
-        h = h + block.attn2.to_text(block.norm2(h), *text_kv[self.index])
-        h = h + block.ff(block.norm3(h))
+        tokens = fused.layer_norm(block.norm1, h).flatten(0, 1).flatten(1, 2)  # (b*F, h*w, width)
+        h, normed = fused.add_and_layer_norm(block.norm2, h, block.attn1.to_itself(tokens).view(h.shape))
+        h, normed = fused.add_and_layer_norm(block.norm3, h, block.attn2.to_text(normed, *text_kv[self.index]))
+        h = h + block.ff(normed)
         return x + self.proj_out(h)
 
 
@@ -381,14 +386,12 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, F, h, w, c) -> (b, F, h, w, c)."""
-        b, frames, height, width, c = x.shape
         block = self.transformer_blocks[0]
-        pixels = video_norm(self.norm, x).flatten(2, 3).transpose(1, 2).contiguous()  # (b, h*w, F, c)
-        h = self.proj_in(pixels.flatten(0, 1))
-        h = h + block.attn1.to_itself(block.norm1(h))
-        h = h + block.attn2.to_itself(block.norm2(h))
-        h = h + block.ff(block.norm3(h))
-        return x + self.proj_out(h).view(b, height, width, frames, c).permute(0, 3, 1, 2, 4)
+        h = self.proj_in(fused.group_norm_by_pixel(self.norm, x))  # (b*h*w, F, inner)
+        h, normed = fused.add_and_layer_norm(block.norm2, h, block.attn1.to_itself(fused.layer_norm(block.norm1, h)))
+        h, normed = fused.add_and_layer_norm(block.norm3, h, block.attn2.to_itself(normed))
+        h = h + block.ff(normed)
+        return fused.add_by_pixel(x, self.proj_out(h))
 
 
 class Downsample(nn.Module):
@@ -446,12 +449,6 @@ def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
     return unfold_frames(conv(fold_frames(x)), x.shape[0])
 
 
-def frame_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Group norm with statistics of each frame of (b, F, h, w, c)."""
-    return unfold_frames(norm(fold_frames(x)), x.shape[0])
-
-
-def video_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Group norm with statistics over all frames of (b, F, h, w, c): the frames stacked into one tall image."""
-    tall = x.flatten(1, 2).permute(0, 3, 1, 2)  # (b, c, F*h, w)
-    return norm(tall).permute(0, 2, 3, 1).contiguous().view(x.shape)
+def frame_norm(norm: nn.Module, x: Tensor, silu: bool = False) -> Tensor:
+    """Group norm with statistics of each frame of (b, F, h, w, c), and SiLU after it if asked for."""
+    return unfold_frames(fused.group_norm(norm, fold_frames(x), silu), x.shape[0])
