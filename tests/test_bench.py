@@ -8,6 +8,8 @@ import pytest
 import bench
 from t2v.request import Request
 
+pytestmark = pytest.mark.slow  # runs processes
+
 REQUEST = Request("a red circle", num_frames=3, num_inference_steps=2, seed=0)
 
 

@@ -10,6 +10,8 @@ from conftest import DEMO
 from t2v.engine import Engine
 from t2v.request import Request
 
+pytestmark = pytest.mark.slow  # the trained model in 20 steps
+
 
 @pytest.fixture(scope="module")
 def demo() -> Engine:

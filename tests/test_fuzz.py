@@ -321,6 +321,8 @@ UNFIT = """
 import os
 from cog import BasePredictor, Input
 
+pytestmark = pytest.mark.slow  # starts servers
+
 class InvalidRequest(Exception):
     pass
 

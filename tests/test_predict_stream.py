@@ -16,6 +16,8 @@ from conftest import ROOT
 from serving import Server, saved, serve
 from t2v.video import VideoInfo, read_metadata
 
+pytestmark = pytest.mark.slow  # starts a server
+
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_inference_steps": 8, "seed": 0}
 
 

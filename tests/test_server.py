@@ -14,6 +14,8 @@ from conftest import ROOT
 from serving import Server, saved, serve
 from t2v.video import VideoInfo, read_metadata
 
+pytestmark = pytest.mark.slow  # starts servers
+
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
 
 
