@@ -1,13 +1,11 @@
-"""Cog's edge: declare the inputs, build a Request, run the engine, write the video, return its path.
+"""Cog's edge: declare the inputs, resolve a request, run it, write the video and return its path.
 
-Cog reads the signature of `predict` without running it: defaults, limits and descriptions must be plain literals here.
-t2v.request holds the same limits for callers that come past Cog; a test compares the two.
+Cog reads this file without running it, so that defaults, limits and descriptions of the inputs are literals here. They
+repeat those of `t2v.request.Request`, which also holds for callers who get past Cog's checks; a test compares the two.
 """
 
 import atexit
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -16,135 +14,180 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import torch
-from cog import BasePredictor, Input, Path
-from tqdm import tqdm
+from cog import BasePredictor, Input, Path, streaming
 
-from t2v import memory, watchdog
-from t2v.engine import Engine, Look
+from t2v import __version__, device
+from t2v.engine import Engine, OnPreview, ignore
 from t2v.errors import InvalidRequest, T2VError
+from t2v.media.decode import read_frames
+from t2v.media.encode import write_video
 from t2v.request import Request
-from t2v.source import frames
-from t2v.thread import Worker
-from t2v.video import write_video
+from t2v.resources import DEMO
+from t2v.serving import watchdog
+from t2v.serving.report import Report
+from t2v.serving.worker import Worker
 
-DEMO = FilePath(__file__).resolve().parent / "weights" / "demo"
-COG_FOLDER = FilePath("/tmp/coglet/predictions")  # whatever TMPDIR says
+COG_FOLDER = FilePath("/tmp/coglet/predictions")  # Cog ignores TMPDIR for it
+PREVIEW_QUALITY = 30  # constant rate factor
+
+
+class Inputs:
+    """Each input once, for both predictors. All but `init_video` and `previews` are fields of `Request`."""
+
+    prompt = Input(
+        default="An astronaut riding a horse",
+        description="What the video shows, in English. Example: a red circle moving right on a black background",
+    )
+    num_frames = Input(
+        default=16, ge=1, le=256, description="Number of frames. 16 frames at 8 fps are a video of 2 seconds"
+    )
+    num_inference_steps = Input(
+        default=50,
+        ge=1,
+        le=500,
+        description="Number of denoising steps. More steps take longer; 20 to 25 are often enough",
+    )
+    fps = Input(default=8, ge=1, le=60, description="Frames per second of the video file")
+    seed = Input(
+        default=None,
+        ge=0,
+        le=4294967295,
+        description="Random seed. The same seed and inputs give the same frames. Default: random",
+    )
+    guidance_scale = Input(
+        default=None,
+        ge=1,
+        le=30,
+        description="Classifier-free guidance scale. 1 turns guidance off. Default: the model's own",
+    )
+    width = Input(
+        default=None, ge=16, le=1024, description="Width in pixels, a multiple of 8. Default: the model's own"
+    )
+    height = Input(
+        default=None, ge=16, le=1024, description="Height in pixels, a multiple of 8. Default: the model's own"
+    )
+    preset = Input(
+        default="auto",
+        choices=["auto", "quality", "fast", "turbo"],
+        description="auto: turbo with a few-step LoRA, else quality. fast: at most 20 steps. turbo: at most 8",
+    )
+    negative_prompt = Input(
+        default="", description="What to avoid in the video. Requires guidance. Example: blurry, text"
+    )
+    scheduler = Input(
+        default="dpm++",
+        choices=["dpm++", "ddim", "unipc"],
+        description="Solver: DPM-Solver++ 2M, DDIM as in the original, or UniPC for few steps. turbo uses its own",
+    )
+    output_format = Input(
+        default="mp4",
+        choices=["mp4", "webm", "gif"],
+        description="File format: mp4 (H.264), webm (VP9) or a looping gif",
+    )
+    quality = Input(
+        default=18,
+        ge=1,
+        le=51,
+        description="Constant rate factor of mp4 and webm. 1 is nearly lossless, 18 looks lossless, 51 is the worst",
+    )
+    window = Input(
+        default=None,
+        ge=4,
+        le=128,
+        description="Frames denoised together. Default: all, up to 128; fewer for longer videos or several prompts",
+    )
+    loop = Input(default=False, description="Make the video loop seamlessly")
+    next_prompts = Input(
+        default="",
+        description="Prompts for later parts of the video, up to 15, separated by |. Example: a red star | a square",
+    )
+    init_video = Input(
+        default=None, description="Video or picture to start from, scaled and cropped to the requested size"
+    )
+    strength = Input(
+        default=None, ge=0, le=1, description="How much to change init_video: 0 returns it, 1 ignores it. Default: 0.6"
+    )
+    upscale = Input(default=1, ge=1, le=2, description="2 doubles the width and height in a second pass")
+    previews = Input(default=4, ge=0, le=20, description="Number of previews, spread evenly over the denoising steps")
 
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the three networks and warm them up. Environment: T2V_WEIGHTS, T2V_UPSCALER, T2V_DEVICE, T2V_DTYPE,
-        T2V_LORA, T2V_COMPILE; and T2V_LOG_PROMPTS at each prediction."""
+        """Load the model and warm it up. Reads T2V_WEIGHTS, T2V_UPSCALER, T2V_DEVICE, T2V_DTYPE, T2V_LORA and
+        T2V_COMPILE; every prediction reads T2V_LOG_PROMPTS."""
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("t2v").setLevel(logging.INFO)
-        self.broken = False
+        self.device_failed = False
         self.worker = Worker()
         try:
-            self.engine = self.worker.call(load)
+            self.engine = self.worker.call(load_engine)
         except Exception:
-            traceback.print_exc()  # Cog's health check keeps only the error's last line
-            time.sleep(0.5)  # and ends this process at once: in one case of eight before that was in its log
+            traceback.print_exc()  # Cog's health check reports only the last line of the error
+            time.sleep(0.5)  # Cog ends this process at once; without the pause the log lost it in one case of eight
             raise
         print(f"Loaded on {self.engine.device} with torch {torch.__version__}: {self.engine.describe()}")
-        # The server reads an output after predict() has returned, so a file must outlive the call that made it.
+        # The server reads a video after predict() has returned, so it must outlive the call that made it.
         self.outputs = FilePath(tempfile.mkdtemp(prefix="t2v-"))
         atexit.register(shutil.rmtree, self.outputs, ignore_errors=True)
-        tempfile.tempdir = str(self.outputs)  # Cog leaves there what it has fetched, and what it failed to fetch
+        tempfile.tempdir = str(self.outputs)  # where Cog puts the files that it downloads, and leaves failed ones
         watchdog.start(self.outputs)
-        memory.settle()
+        device.freeze_gc()
 
     def healthcheck(self) -> bool:
-        """False once the device has failed for good: only a new process can use it again."""
-        return not self.broken
+        """False once the device has failed for good: then only a new process can use it."""
+        return not self.device_failed
 
     def predict(
         self,
-        prompt: str = Input(default="An astronaut riding a horse", description="Input prompt, in English"),
-        num_frames: int = Input(default=16, ge=1, le=256, description="Number of frames for the output video"),
-        num_inference_steps: int = Input(default=50, ge=1, le=500, description="Number of denoising steps"),
-        fps: int = Input(default=8, ge=1, le=60, description="Frames per second of the output video"),
-        seed: int | None = Input(
-            default=None, ge=0, le=4294967295, description="Random seed. Leave blank to randomize the seed"
-        ),
-        guidance_scale: float | None = Input(
-            default=None, ge=1, le=30, description="Weight of the prompt; 1 is none. Left blank, the model's own, 9"
-        ),
-        width: int | None = Input(
-            default=None, ge=16, le=1024, description="Pixels, a multiple of 8. Left blank, the model's own, 256"
-        ),
-        height: int | None = Input(
-            default=None, ge=16, le=1024, description="Pixels, a multiple of 8. Left blank, the model's own, 256"
-        ),
-        preset: str = Input(
-            default="auto",
-            choices=["auto", "quality", "fast", "turbo"],
-            description="quality takes all steps; fast at most 20; turbo at most 8, with a few-step LoRA installed",
-        ),
-        negative_prompt: str = Input(default="", description="What to lead the video away from, in English"),
-        scheduler: str = Input(
-            default="dpm++",
-            choices=["dpm++", "ddim", "unipc"],
-            description="DPM-Solver++ 2M; UniPC, for few steps; DDIM, as the original, for many; turbo has its own",
-        ),
-        output_format: str = Input(
-            default="mp4", choices=["mp4", "webm", "gif"], description="H.264, VP9, or a GIF that loops"
-        ),
-        quality: int = Input(
-            default=18, ge=1, le=51, description="Constant rate factor of mp4 and webm: 18 looks lossless, 51 is worst"
-        ),
-        window: int | None = Input(
-            default=None,
-            ge=4,
-            le=128,
-            description="Frames denoised together. Left blank, all, or 16 for more than 128 frames or several prompts",
-        ),
-        loop: bool = Input(default=False, description="Whether the first frame shall follow the last"),
-        next_prompts: str = Input(
-            default="",
-            description="What the video shows later on: up to 15 prompts separated by |, spread evenly along it",
-        ),
-        init_video: Path | None = Input(
-            default=None, description="Video or picture to start from, scaled and cut to the size asked for"
-        ),
-        strength: float | None = Input(
-            default=None,
-            ge=0,
-            le=1,
-            description="How far to leave init_video: 0 keeps it, 1 ignores it. Left blank, 0.6",
-        ),
-        upscale: int = Input(
-            default=1, ge=1, le=2, description="2 makes the video twice as wide and high, in a second pass"
-        ),
+        prompt: str = Inputs.prompt,
+        num_frames: int = Inputs.num_frames,
+        num_inference_steps: int = Inputs.num_inference_steps,
+        fps: int = Inputs.fps,
+        seed: int | None = Inputs.seed,
+        guidance_scale: float | None = Inputs.guidance_scale,
+        width: int | None = Inputs.width,
+        height: int | None = Inputs.height,
+        preset: str = Inputs.preset,
+        negative_prompt: str = Inputs.negative_prompt,
+        scheduler: str = Inputs.scheduler,
+        output_format: str = Inputs.output_format,
+        quality: int = Inputs.quality,
+        window: int | None = Inputs.window,
+        loop: bool = Inputs.loop,
+        next_prompts: str = Inputs.next_prompts,
+        init_video: Path | None = Inputs.init_video,
+        strength: float | None = Inputs.strength,
+        upscale: int = Inputs.upscale,
     ) -> Path:
-        """Make a video. Every keyword but init_video is a field of t2v.request.Request."""
-        inputs = locals()
+        """Make a video."""
+        inputs = locals()  # Cog passes all of them by name
         del inputs["self"]
-        with self.answering():
-            return Path(self.worker.call(self.make, *self.understood(inputs)))
+        with self.reporting_errors():
+            request, init_video = self.parse_inputs(inputs)
+            return Path(self.worker.call(self.generate_file, request, init_video))
 
-    def understood(self, inputs: dict[str, Any]) -> tuple[Request, FilePath | None]:
-        """The request, and the file it starts from.
+    def parse_inputs(self, inputs: dict[str, Any]) -> tuple[Request, FilePath | None]:
+        """The request, and the file to start from if there is one. Removes the files of earlier predictions.
 
         Raises:
-            InvalidRequest: an input is not as it must be.
+            InvalidRequest: an input is invalid.
         """
-        request = Request(**{name: value for name, value in inputs.items() if name != "init_video"})
-        init_video = inputs["init_video"]
-        if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it does not fetch
-            raise InvalidRequest("init_video must be an http, https or data address, or a file sent along.")
-        self._tidy(init_video)
+        init_video = inputs.pop("init_video")
+        request = Request(**inputs)
+        if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it cannot download
+            raise InvalidRequest("init_video must be an http, https or data URL, or an uploaded file.")
+        self.remove_old_files(init_video)
         return request, init_video
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """What fails inside is told to the caller in a sentence, to the operator in full."""
+    def reporting_errors(self) -> Iterator[None]:
+        """Errors reach the caller as one sentence, and the container's log with their traceback."""
         try:
             yield
         except InvalidRequest:
@@ -154,53 +197,67 @@ class Predictor(BasePredictor):
             raise
         except Exception as error:
             log_traceback()
-            self.broken = self.broken or not self.worker.call(memory.works, self.engine.device)
-            # A library's own words may hold paths and addresses; they are for the operator alone.
-            sentence = f"An internal error ({type(error).__name__}); the container's log says more. Please try again."
-            raise T2VError(sentence) from None
+            if not self.worker.call(device.is_healthy, self.engine.device):
+                self.device_failed = True
+            # The message of a library may contain paths and addresses, which are for the operator alone.
+            raise T2VError(
+                f"An internal error occurred ({type(error).__name__}); see the container's log. Please try again."
+            ) from None
         finally:
-            memory.trim()
+            device.trim()
 
-    def make(
-        self, request: Request, init_video: FilePath | None, look: Look = lambda done, total, sketch: None
-    ) -> FilePath:
-        """The file of the video."""
+    def generate_file(self, request: Request, init_video: FilePath | None, on_preview: OnPreview = ignore) -> FilePath:
+        """Make the video and write it; returns its path. Runs in the worker's thread; can be stopped at each step."""
         print(f"Using seed: {request.seed}")
         print(f"Model: {self.engine.describe()}")
-        memory.mark(self.engine.device)
-        report = Report(request)
-        path = self.path(f"t2v-{request.seed}", request.output_format)
-        # Inside, not as a decorator: Cog fills in defaults on the outermost function only. And here, not in setup():
-        # gradient mode belongs to the thread, and predict() runs in another one.
+        device.reset_peak(self.engine.device)
+        report = Report(request.prompt, log_prompt=os.environ.get("T2V_LOG_PROMPTS") == "1")
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            self.worker.check()
+            report.on_progress(stage, done, total)
+
+        path = self.new_path(f"t2v-{request.seed}", request.output_format)
+        # A context, not a decorator of predict(): Cog replaces defaults only on the outermost function. And not in
+        # setup(), because gradient mode belongs to the thread.
         with torch.inference_mode():
-            start = None
+            job = self.engine.prepare(request, has_init_video=init_video is not None)
+            init_frames = None
             if init_video is not None:
-                height, width = self.engine.passes(request)[0].size
-                start = frames(init_video, request.num_frames, height, width, request.fps)
-            made = report.decoding(self.engine.generate(request, report.progress, start, look))
-            info = write_video(path, made, request.fps, self.engine.metadata(request), request.quality)
+                first = job.passes[0]
+                init_frames = self.stoppable(read_frames(init_video, first.num_frames, first.size, request.fps))
+            frames = self.engine.run(job, init_frames, on_progress, on_preview)
+            chunks = self.stoppable(report.timed(frames))
+            info = write_video(path, chunks, request.fps, {**job.metadata, "t2v": __version__}, request.quality)
         report.end("encode")
-        self._record(
+        self.record_metrics(
             seed=request.seed,
             model=self.engine.name,
+            t2v_version=__version__,
             frames=info.frames,
             **{f"{stage}_seconds": round(seconds, 4) for stage, seconds in report.seconds.items()},
-            peak_memory_bytes=memory.peak(self.engine.device),
+            peak_memory_bytes=device.peak_memory(self.engine.device),
             video_output_count=1,
             video_output_duration_seconds=info.frames / info.fps,
             video_output_total_pixel_count=info.frames * info.width * info.height,
         )
         return path
 
-    def path(self, name: str, suffix: str) -> FilePath:
-        """Of a new file for the caller; it stays until the next prediction."""
+    def stoppable(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same frames; a stopped caller ends the work before the next one."""
+        for item in frames:
+            self.worker.check()
+            yield item
+
+    def new_path(self, name: str, suffix: str) -> FilePath:
+        """The path of a new file, which stays until the next prediction."""
         return self.outputs / f"{name}-{uuid.uuid4().hex}.{suffix}"
 
-    def _tidy(self, init_video: FilePath | None) -> None:
-        """Remove what earlier predictions have left: their files, and the empty directories that Cog makes for each
-        and never removes. The newest of those is the one of the prediction that runs now."""
+    def remove_old_files(self, init_video: FilePath | None) -> None:
+        """Remove the files of earlier predictions but for `init_video`, and the empty folders that Cog leaves for each
+        prediction. The newest folder belongs to the prediction that is running."""
         for old in self.outputs.iterdir():
-            with contextlib.suppress(OSError):  # it is a library's directory
+            with contextlib.suppress(OSError):  # a library's folder
                 if old != init_video:
                     old.unlink()
         with contextlib.suppress(OSError):  # another server on this machine was faster
@@ -209,8 +266,8 @@ class Predictor(BasePredictor):
                     for part in [*folder.iterdir(), folder]:
                         part.rmdir()
 
-    def _record(self, **metrics: int | float | str | None) -> None:
-        """Report metrics; outside a server there is nobody to report to, and a prediction must not fail over one."""
+    def record_metrics(self, **metrics: int | float | str | None) -> None:
+        """Report metrics to Cog. A prediction does not fail because of one, nor outside a server."""
         for name, value in metrics.items():
             try:
                 if value is not None:
@@ -219,7 +276,62 @@ class Predictor(BasePredictor):
                 print(f"Metric {name} was not recorded: {error}", file=sys.stderr)
 
 
-def load() -> Engine:
+class StreamingPredictor(Predictor):
+    """Sends previews of the unfinished video to clients that accept text/event-stream, and then the video. Built with
+    `cog build -f cog-stream.yaml`."""
+
+    @streaming
+    def predict(
+        self,
+        prompt: str = Inputs.prompt,
+        num_frames: int = Inputs.num_frames,
+        num_inference_steps: int = Inputs.num_inference_steps,
+        fps: int = Inputs.fps,
+        seed: int | None = Inputs.seed,
+        guidance_scale: float | None = Inputs.guidance_scale,
+        width: int | None = Inputs.width,
+        height: int | None = Inputs.height,
+        preset: str = Inputs.preset,
+        negative_prompt: str = Inputs.negative_prompt,
+        scheduler: str = Inputs.scheduler,
+        output_format: str = Inputs.output_format,
+        quality: int = Inputs.quality,
+        window: int | None = Inputs.window,
+        loop: bool = Inputs.loop,
+        next_prompts: str = Inputs.next_prompts,
+        init_video: Path | None = Inputs.init_video,
+        strength: float | None = Inputs.strength,
+        upscale: int = Inputs.upscale,
+        previews: int = Inputs.previews,
+    ) -> Iterator[Path]:
+        """Make a video: first its previews, MP4 files of the same size and length, and last the video."""
+        inputs = locals()  # Cog passes all of them by name
+        del inputs["self"], inputs["previews"]
+
+        def generate_file(
+            request: Request, init_video: FilePath | None, send: Callable[[np.ndarray], None]
+        ) -> FilePath:
+            def on_preview(done: int, total: int, preview: Callable[[], np.ndarray]) -> None:
+                if done < total and (done - 1) * (previews + 1) // total < done * (previews + 1) // total:
+                    send(preview())
+
+            return self.generate_file(request, init_video, on_preview)
+
+        with self.reporting_errors():
+            request, init_video = self.parse_inputs(inputs)
+            # Previews are encoded in this thread while the worker's goes on denoising.
+            with contextlib.closing(self.worker.stream(generate_file, request, init_video)) as items:
+                for item in items:
+                    if isinstance(item, FilePath):
+                        yield Path(item)
+                    else:
+                        path = self.new_path("preview", "mp4")
+                        write_video(path, [item], request.fps, {}, PREVIEW_QUALITY)
+                        yield Path(path)
+
+
+def load_engine() -> Engine:
+    """The engine that the environment variables describe, warmed up."""
     engine = Engine.load(
         os.environ.get("T2V_WEIGHTS") or DEMO,
         device=os.environ.get("T2V_DEVICE") or "auto",
@@ -232,53 +344,6 @@ def load() -> Engine:
     return engine
 
 
-class Report:
-    """What is said about a prediction while it runs: for every stage a line of JSON, and for every denoising step a
-    line as tqdm prints it, which Replicate's clients read.
-
-    Attributes:
-        seconds: by stage; "start", "text", "denoise", "decode", "encode".
-    """
-
-    def __init__(self, request: Request):
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.since = time.perf_counter()
-        about: dict[str, Any] = {
-            "prompt_characters": len(request.prompt),
-            "prompt_sha256": hashlib.sha256(request.prompt.encode(errors="surrogatepass")).hexdigest(),
-        }
-        if os.environ.get("T2V_LOG_PROMPTS") == "1":
-            about["prompt"] = request.prompt
-        self._say("request", about)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        if stage == "denoise":
-            print(tqdm.format_meter(done, total, time.perf_counter() - self.since, ncols=80), flush=True)
-        if stage != "decode" and done == total:
-            self.end(stage)
-
-    def decoding(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The same chunks. Decoding and encoding take turns: waiting for a chunk is decoding, the rest encoding."""
-        self.since = time.perf_counter()
-        for chunk in chunks:
-            self._count("decode")
-            yield chunk
-            self._count("encode")
-        self.end("decode")
-
-    def end(self, stage: str) -> None:
-        self._count(stage)
-        self._say(stage, {"seconds": round(self.seconds[stage], 4)})
-
-    def _count(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.since
-        self.since = now
-
-    def _say(self, stage: str, about: dict[str, Any]) -> None:
-        print(json.dumps({"stage": stage, **about}), flush=True)
-
-
 def log_traceback() -> None:
-    """To the container's log alone: a prediction's own log, where sys.stderr goes, is sent to the caller."""
+    """Write it to the container's log alone. sys.stderr is the log of the prediction, which the caller receives."""
     os.write(2, traceback.format_exc().encode(errors="replace"))

@@ -38,10 +38,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t2v import memory  # noqa: E402
-from t2v.engine import MOST_AT_ONCE, Engine  # noqa: E402
+from t2v import device as devices  # noqa: E402
+from t2v.engine import Engine  # noqa: E402
+from t2v.job import MAX_FRAMES_AT_ONCE  # noqa: E402
+from t2v.media.encode import write_video  # noqa: E402
 from t2v.request import Request  # noqa: E402
-from t2v.video import write_video  # noqa: E402
 
 PROMPT = "a red circle moving right on a black background"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision
@@ -142,7 +143,9 @@ def _serve(pipe: Any, name: str, setting: Setting) -> None:
         if request:
             pipe.send(arm(request))
         else:  # what a CUDA graph runs in is not allocated, but reserved
-            pipe.send((torch.cuda.max_memory_reserved() if cuda else memory.peak(torch.device("cpu")) or 0) / 2**30)
+            pipe.send(
+                (torch.cuda.max_memory_reserved() if cuda else devices.peak_memory(torch.device("cpu")) or 0) / 2**30
+            )
 
 
 def ours(
@@ -164,7 +167,7 @@ def ours(
                 marks.append(_now(device))
                 began = time.thread_time()
 
-        latents = engine.denoised(request, progress)
+        latents = engine.denoise(engine.prepare(request).passes[0], on_progress=progress)
         host = time.thread_time() - began
         marks.append(_now(device))
 
@@ -292,7 +295,7 @@ def compare(
                 "latents_error": _error(made[0].latents, base[0].latents),
                 "frames_psnr": float(10 * np.log10(255**2 / mse)) if mse else float("inf"),
             }
-            if not name.startswith("ours") or request.num_frames <= MOST_AT_ONCE:
+            if not name.startswith("ours") or request.num_frames <= MAX_FRAMES_AT_ONCE:
                 result[name]["gate"] = passes(result[name], result["stock"])
     return result
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from t2v.errors import VideoError  # noqa: E402
-from t2v.video import read_video  # noqa: E402
+from t2v.media.encode import read_video  # noqa: E402
 
 
 def row(video: np.ndarray, frames: int, height: int) -> np.ndarray:

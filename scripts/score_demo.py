@@ -173,7 +173,7 @@ def main() -> None:
         "prompts": args.prompts,
         "seed": args.seed,
         "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale or engine.guidance_scale,
+        "guidance_scale": args.guidance_scale or engine.model.info.guidance_scale,
         "median_travel": round(float(np.median(travels)), 3) if travels else None,
         "median_growth": round(float(np.median(growths)), 3) if growths else None,
         "seconds_per_video": round(seconds, 2),

@@ -1,18 +1,21 @@
-# Sourced by the other scripts: makes .venv in the repository's root and installs what the named requirements file pins,
-# once; again when the file has changed. Sets VENV and changes to the root. No output when there is nothing to do.
+# Sourced by the other scripts. `setup REQUIREMENTS` makes .venv in the repository's root, installs the pinned packages
+# and then t2v itself, in editable mode; again when one of the files has changed. Sets ROOT and VENV. It prints nothing
+# if there is nothing to do.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV="$ROOT/.venv"
 
 setup() {
-  local requirements=$1 stamp
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  VENV="$PWD/.venv"
-  stamp="$VENV/.installed-$requirements"
-  if cmp -s <(cat requirements.txt "$requirements") "$stamp"; then
+  local requirements="$ROOT/$1" stamp="$VENV/.installed-$1"
+  if cmp -s <(cat "$ROOT/requirements.txt" "$requirements" "$ROOT/pyproject.toml") "$stamp"; then
     return
   fi
-  echo "Installing $requirements into .venv (once; some minutes) ..." >&2
+  echo "Installing $1 into .venv (once; takes some minutes) ..." >&2
   [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
-  # torch first and alone: the exact version decides the build; a range met later would bring another one.
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)" >&2
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2
-  cat requirements.txt "$requirements" > "$stamp"
+  local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+  # torch first and alone, because the exact version decides the build; a range met later would bring another one.
+  "${pip[@]}" "$(grep '^torch==' "$ROOT/requirements.txt")" >&2
+  "${pip[@]}" -r "$requirements" >&2
+  "${pip[@]}" --no-deps -e "$ROOT" >&2
+  cat "$ROOT/requirements.txt" "$requirements" "$ROOT/pyproject.toml" > "$stamp"
 }

@@ -106,7 +106,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.float16, log: Ca
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         reader(source, scratch, dtype, log)
-        weights.write_manifest(scratch, f"scripts/convert_weights {source} NEW_FOLDER")
+        weights.write_manifest(scratch, f"t2v weights convert {source} NEW_FOLDER")
         weights.check(scratch)
         scratch.chmod(0o755)
         os.replace(scratch, out)

@@ -1,12 +1,24 @@
 """The errors a caller can meet. Their text reaches the caller, so it says what to change."""
 
+# How the libraries say that memory ran out: torch; oneDNN and the C++ library on the CPU; CUDA, cuBLAS and cuDNN for
+# what they allocate themselves.
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "not enough memory",
+    "could not create a",
+    "could not execute a",
+    "ALLOC_FAILED",
+)
+
 
 class T2VError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors raised on purpose."""
 
 
 class InvalidRequest(T2VError):
-    """The caller's fault: an input is outside what is allowed."""
+    """The caller's fault: an input is outside the allowed range."""
 
 
 class WeightsError(T2VError):
@@ -14,8 +26,15 @@ class WeightsError(T2VError):
 
 
 class OutOfMemory(T2VError):
-    """The request does not fit the device."""
+    """The request does not fit into the device's memory."""
 
 
 class VideoError(T2VError):
     """The frames could not be written as a playable file."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library's error means that a device's memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)

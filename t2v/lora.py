@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from t2v import pickles, weights
 from t2v.convert import renamed, unet_table
 from t2v.convolution import fold
+from t2v.distilled import MCM, TURBO, DistilledSampling
 from t2v.errors import WeightsError
-from t2v.sampler import MCM, TURBO, FewStep
 from t2v.unet3d import GUIDANCE_EMBEDDING, TemporalConv, UNet3D
 
 COND_PROJ = "time_embedding.cond_proj"
@@ -49,12 +49,12 @@ class Lora:
         name: of its file, for logs.
         deltas: by the name of the layer, up (c_out, r) and down (r, rest of the weight's shape, flat), float32, and the
             factor of their product.
-        few_step: how to sample with it, if it makes a few-step model.
+        distilled: how to sample with it, if it makes a model of few steps.
     """
 
     name: str
     deltas: Found
-    few_step: FewStep | None
+    distilled: DistilledSampling | None
 
     def delta(self, layer: str, device: torch.device | str = "cpu") -> Tensor:
         """(c_out, rest of the weight's shape, flat) float32: what is added to the weight at scale 1."""
@@ -62,13 +62,16 @@ class Lora:
         return factor * (up.to(device) @ down.to(device))
 
 
-class Merged:
-    """A denoiser with an adaptation in its weights.
+class MergedLora:
+    """A LoRA that is added to the weights of a denoiser and removed again.
 
-    In place: the parameters stay the same tensors, which recorded graphs read.
+    In place: the parameters stay the same tensors, which recordings read.
 
     Args:
-        scale: of the adaptation; 1 is as it was trained.
+        scale: of the LoRA; 1 is as it was trained.
+
+    Attributes:
+        active: whether the LoRA is in the weights.
     """
 
     def __init__(self, unet: UNet3D, lora: Lora, scale: float = 1.0):
@@ -76,38 +79,41 @@ class Merged:
         self.lora = lora
         self.scale = scale
         self.originals: dict[str, Tensor] = {}
-        self.active: bool | None = False  # None while it is neither in nor out, and for ever if that is interrupted
-        self.merge()
+        self.active = False
+        self.apply()
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Add the adaptation; the original weights wait in the CPU's memory. Nothing happens if it is in already."""
+    def apply(self) -> None:
+        """Add the LoRA. The original weights are kept in the CPU's memory; they are put back if this fails."""
         if self.active:
             return
-        self.undo()
-        self.active = None
-        if COND_PROJ in self.lora.deltas:
-            self.unet.time_embedding.add_guidance()
-        layers = dict(self.unet.named_modules())
-        for name in self.lora.deltas:
-            weight = weights.writable(layers[name])
-            self.originals[name] = weight.detach().to("cpu", copy=True)
-            delta = self.lora.delta(name, weight.device).view(weight.shape)
-            weight.copy_(weight.float() + self.scale * delta)
-        fold(self.unet)
         self.active = True
+        try:
+            if COND_PROJ in self.lora.deltas:
+                self.unet.time_embedding.add_guidance()
+            layers = dict(self.unet.named_modules())
+            for name in self.lora.deltas:
+                weight = weights.writable(layers[name])
+                self.originals[name] = weight.detach().to("cpu", copy=True)
+                delta = self.lora.delta(name, weight.device).view(weight.shape)
+                weight.copy_(weight.float() + self.scale * delta)
+            fold(self.unet)
+        except BaseException:
+            self.remove()
+            raise
 
     @torch.no_grad()
-    def undo(self) -> None:
-        """Put the original weights back, bit for bit; also what an interrupted call has left."""
-        self.active = None
+    def remove(self) -> None:
+        """Put the original weights back, bit for bit."""
+        if not self.active:
+            return
         layers = dict(self.unet.named_modules())
         for name, original in self.originals.items():
             weights.writable(layers[name]).copy_(original)
-        self.originals.clear()
         if COND_PROJ in self.lora.deltas:
             self.unet.time_embedding.cond_proj = None
         fold(self.unet)
+        self.originals.clear()
         self.active = False
 
 
@@ -156,8 +162,8 @@ def read(path: Path, unet: UNet3D) -> Lora:
         raise WeightsError(f"The LoRA {path} does not fit: {weights.some(wrong)}.")
     if not deltas:
         raise WeightsError(f"The LoRA {path} holds nothing for the denoiser.")
-    few_step = TURBO if COND_PROJ in deltas else MCM if set(deltas) == _mcm_layers(shapes) else None
-    return Lora(path.name, deltas, few_step)
+    distilled = TURBO if COND_PROJ in deltas else MCM if set(deltas) == _mcm_layers(shapes) else None
+    return Lora(path.name, deltas, distilled)
 
 
 def _layers(unet: UNet3D) -> Shapes:

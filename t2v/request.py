@@ -1,124 +1,198 @@
-"""What the caller asked for, in the caller's units. A `Request` that exists is valid; this module knows no tensors."""
+"""What the caller asked for, in the caller's units. A `Request` that exists is valid.
 
+Each input is declared once, as a field of `Request`: its default, its limits and the sentence that customers read.
+Validation, the options of the command line and the tables in the documents derive from the fields. `class Inputs` in
+predict.py repeats the limits as literals, because Cog reads that file without running it; a test compares the two.
+"""
+
+import dataclasses
 import math
 import random
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from t2v.errors import InvalidRequest
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 10_000  # characters; the text encoder reads 77 tokens, some 300 characters
-MAX_PROMPTS = 16  # one after the other; each is a row of the text encoder and some megabytes of keys and values
-BOUNDS = {
-    "num_frames": (1, 256),
-    "num_inference_steps": (1, 500),
-    "fps": (1, 60),
-    "seed": (0, MAX_SEED),
-    "guidance_scale": (1, 30),
-    "quality": (1, 51),
-    "strength": (0, 1),
-    "window": (4, 128),
-    "width": (16, 1024),
-    "height": (16, 1024),
-    "upscale": (1, 2),
-}
-MODELS_OWN = ("guidance_scale", "width", "height", "window", "strength")  # None stands for what suits the model
-FRACTIONS = ("guidance_scale", "strength")
-UNITS = {"width": "pixels", "height": "pixels"}
-CHOICES = {
-    "preset": ("auto", "quality", "fast", "turbo"),
-    "scheduler": ("dpm++", "ddim", "unipc"),
-    "output_format": ("mp4", "webm", "gif"),
-}
-TEXTS = ("prompt", "negative_prompt", "next_prompts")
+MAX_PROMPTS = 16  # each is a row of the text encoder's batch and some megabytes of keys and values
 DEFAULT_QUALITY = 18
-MAX_GIF_FPS = 50  # browsers show what is shorter than two hundredths of a second at ten frames per second
-SIZE_MULTIPLE = 8  # pixels to one latent
+MAX_GIF_FPS = 50  # browsers show a frame of less than 0.02 s for 0.1 s
+SIZE_MULTIPLE = 8  # pixels per latent
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the model.
+
+    Attributes:
+        kind: of its values; a "file" is not a field of `Request`, since it is not plain data.
+        description: what the input does, for customers, in one line.
+        low, high: inclusive limits of a number.
+        choices: the allowed values, if they are listed.
+        multiple_of: the number must be divisible by this.
+        unit: of a number, for messages.
+        optional: whether None is allowed; it stands for the value that suits the model.
+    """
+
+    kind: Literal["text", "integer", "number", "boolean", "file"]
+    description: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    multiple_of: int = 1
+    unit: str = ""
+    optional: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in a few words; empty if any value of the kind is allowed."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.low is None or self.high is None:
+            return ""
+        multiples = f", multiples of {self.multiple_of}" if self.multiple_of > 1 else ""
+        return f"{self.low} to {self.high}{multiples}"
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value as the engine takes it. JSON may bring 16.0 for 16.
+
+        Raises:
+            InvalidRequest: with the name, the value and what is allowed.
+        """
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            if value not in self.choices:
+                raise InvalidRequest(f"{name} must be one of {self.allowed}, not {_shown(value)}.")
+        elif self.kind == "text":
+            if not isinstance(value, str):
+                raise InvalidRequest(f"{name} must be text, not {_shown(value)}.")
+            if len(value) > MAX_PROMPT:
+                raise InvalidRequest(f"{name} has {len(value)} characters; at most {MAX_PROMPT} are allowed.")
+        elif self.kind == "boolean":
+            if not isinstance(value, bool):
+                raise InvalidRequest(f"{name} must be true or false, not {_shown(value)}.")
+        else:
+            return self._checked_number(name, value)
+        return value
+
+    def _checked_number(self, name: str, value: Any) -> int | float:
+        whole = self.kind == "integer"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (whole and value != int(value)) or not self.low <= value <= self.high:
+            unit = f" ({self.unit})" if self.unit else ""
+            wanted = f"{'a whole' if whole else 'a'} number from {self.low} to {self.high}{unit}"
+            raise InvalidRequest(f"{name} must be {wanted}, not {_shown(value)}.")
+        if whole and value % self.multiple_of:
+            nearest = max(self.low, round(value / self.multiple_of) * self.multiple_of)
+            raise InvalidRequest(f"{name} must be a multiple of {self.multiple_of}; {value} is not, {nearest} is.")
+        return int(value) if whole else float(value)
+
+
+def _text(default: str, description: str) -> Any:
+    return _field(default, InputSpec("text", description))
+
+
+def _choice(default: str, choices: tuple[str, ...], description: str) -> Any:
+    return _field(default, InputSpec("text", description, choices=choices))
+
+
+def _integer(default: int | None, low: int, high: int, description: str) -> Any:
+    return _field(default, InputSpec("integer", description, low, high, optional=default is None))
+
+
+def _pixels(description: str) -> Any:
+    spec = InputSpec("integer", description, 16, 1024, multiple_of=SIZE_MULTIPLE, unit="pixels", optional=True)
+    return _field(None, spec)
+
+
+def _number(default: float | None, low: float, high: float, description: str) -> Any:
+    return _field(default, InputSpec("number", description, low, high, optional=default is None))
+
+
+def _boolean(default: bool, description: str) -> Any:
+    return _field(default, InputSpec("boolean", description))
+
+
+def _field(default: Any, spec: InputSpec) -> Any:
+    return dataclasses.field(default=default, metadata={"input": spec})
 
 
 @dataclass(frozen=True)
 class Request:
-    """One video to make.
+    """One video to make. The fields' own descriptions say what each one does; `INPUTS` lists them.
 
     Attributes:
-        prompt: English text, 1 to 10,000 characters, not blank.
-        num_frames: 1 to 256.
-        num_inference_steps: denoising steps, 1 to 500.
-        fps: frames per second of the written file, 1 to 60.
-        seed: 0 to 2^32 - 1; None draws one, and the attribute then holds it.
-        negative_prompt: what the video is led away from, at most 10,000 characters; needs guidance.
-        guidance_scale: weight of the prompt against the empty prompt, 1 to 30; 1 is no guidance; None is the model's
-            own, which for the 1.7B model is 9.
-        preset: "quality" takes the steps asked for; "fast" at most 20; "turbo", with a few-step model, at most 8, and 4
-            where more are asked for; "auto" is turbo where a few-step model is installed, else quality.
-        scheduler: "dpm++", DPM-Solver++ 2M; "unipc", nearer to the end of many steps with 10 to 20 of them; or "ddim",
-            which wants more; not for turbo, which has its own.
-        width, height: pixels, multiples of 8, 16 to 1024; None is the model's native size.
-        output_format: "mp4" (H.264), "webm" (VP9) or "gif".
-        quality: constant rate factor of H.264 or VP9, 1 (nearly lossless) to 51 (worst); 18 looks lossless. A GIF has
-            none.
-        window: frames that are denoised together, 4 to 128; None is all of them where they are at most 128 and there is
-            one prompt, else as many as the model was trained on. See `t2v.timeline`.
-        loop: whether the first frame shall follow the last.
-        next_prompts: what the video shows later, at most 15 prompts separated by `|`, spread evenly along it after
-            `prompt`.
-        strength: how far the video leaves the one it starts from: 0 is that one, 1 has nothing of it; None is 0.6.
-        upscale: 2 makes the video twice as wide and high as `width` and `height` say, in a second pass that starts from
-            the frames of the first; 1 is without.
+        seed: never None in an instance: where it was left out, it is drawn at random.
+        guidance_scale, width, height, window, strength: None stands for the value that suits the model.
 
     Raises:
-        InvalidRequest: with a sentence that names the field, what came, and what is allowed.
+        InvalidRequest: with a sentence that names the field, the value and what is allowed.
     """
 
-    prompt: str = "An astronaut riding a horse"
-    num_frames: int = 16
-    num_inference_steps: int = 50
-    fps: int = 8
-    seed: int | None = None
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    preset: str = "auto"
-    negative_prompt: str = ""
-    scheduler: str = "dpm++"
-    output_format: str = "mp4"
-    quality: int = DEFAULT_QUALITY
-    window: int | None = None
-    loop: bool = False
-    next_prompts: str = ""
-    strength: float | None = None
-    upscale: int = 1
+    prompt: str = _text(
+        "An astronaut riding a horse",
+        "What the video shows, in English. Example: a red circle moving right on a black background",
+    )
+    num_frames: int = _integer(16, 1, 256, "Number of frames. 16 frames at 8 fps are a video of 2 seconds")
+    num_inference_steps: int = _integer(
+        50, 1, 500, "Number of denoising steps. More steps take longer; 20 to 25 are often enough"
+    )
+    fps: int = _integer(8, 1, 60, "Frames per second of the video file")
+    seed: int | None = _integer(
+        None, 0, MAX_SEED, "Random seed. The same seed and inputs give the same frames. Default: random"
+    )
+    guidance_scale: float | None = _number(
+        None, 1, 30, "Classifier-free guidance scale. 1 turns guidance off. Default: the model's own"
+    )
+    width: int | None = _pixels("Width in pixels, a multiple of 8. Default: the model's own")
+    height: int | None = _pixels("Height in pixels, a multiple of 8. Default: the model's own")
+    preset: str = _choice(
+        "auto",
+        ("auto", "quality", "fast", "turbo"),
+        "auto: turbo with a few-step LoRA, else quality. fast: at most 20 steps. turbo: at most 8",
+    )
+    negative_prompt: str = _text("", "What to avoid in the video. Requires guidance. Example: blurry, text")
+    scheduler: str = _choice(
+        "dpm++",
+        ("dpm++", "ddim", "unipc"),
+        "Solver: DPM-Solver++ 2M, DDIM as in the original, or UniPC for few steps. turbo uses its own",
+    )
+    output_format: str = _choice("mp4", ("mp4", "webm", "gif"), "File format: mp4 (H.264), webm (VP9) or a looping gif")
+    quality: int = _integer(
+        DEFAULT_QUALITY,
+        1,
+        51,
+        "Constant rate factor of mp4 and webm. 1 is nearly lossless, 18 looks lossless, 51 is the worst",
+    )
+    window: int | None = _integer(
+        None,
+        4,
+        128,
+        "Frames denoised together. Default: all, up to 128; fewer for longer videos or several prompts",
+    )
+    loop: bool = _boolean(False, "Make the video loop seamlessly")
+    next_prompts: str = _text(
+        "",
+        "Prompts for later parts of the video, up to 15, separated by |. Example: a red star | a square",
+    )
+    strength: float | None = _number(
+        None, 0, 1, "How much to change init_video: 0 returns it, 1 ignores it. Default: 0.6"
+    )
+    upscale: int = _integer(1, 1, 2, "2 doubles the width and height in a second pass")
 
     def __post_init__(self) -> None:
-        for name in TEXTS:
-            text = getattr(self, name)
-            if not isinstance(text, str):
-                raise InvalidRequest(f"{name} must be text, not {_shown(text)}.")
-            if len(text) > MAX_PROMPT:
-                raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_PROMPT} are allowed.")
+        if self.seed is None:
+            object.__setattr__(self, "seed", random.SystemRandom().randint(0, MAX_SEED))
+        for name, spec in INPUTS.items():
+            object.__setattr__(self, name, spec.checked(name, getattr(self, name)))
+        if not self.prompt.strip():
+            raise InvalidRequest("prompt is blank; describe the video in a few English words.")
         if len(self.prompts) > MAX_PROMPTS:
             raise InvalidRequest(
                 f"next_prompts holds {len(self.prompts) - 1} prompts; at most {MAX_PROMPTS - 1} are allowed."
             )
-        if not self.prompt.strip():
-            raise InvalidRequest("prompt is blank; describe the video in a few English words.")
-        if not isinstance(self.loop, bool):
-            raise InvalidRequest(f"loop must be true or false, not {_shown(self.loop)}.")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InvalidRequest(f"{name} must be one of {', '.join(choices)}, not {_shown(getattr(self, name))}.")
-        if self.seed is None:
-            object.__setattr__(self, "seed", random.SystemRandom().randint(0, MAX_SEED))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in BOUNDS or (value is None and field.name in MODELS_OWN):
-                continue
-            number = _number(field.name, value, whole=field.name not in FRACTIONS)
-            object.__setattr__(self, field.name, number)
-            if field.name in ("width", "height") and number % SIZE_MULTIPLE:
-                near = max(16, round(number / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-                raise InvalidRequest(f"{field.name} must be a multiple of {SIZE_MULTIPLE}; {number} is not, {near} is.")
         if self.output_format == "gif" and self.fps > MAX_GIF_FPS:
             raise InvalidRequest(f"A gif shows at most {MAX_GIF_FPS} fps, not {self.fps}; ask for mp4 or webm.")
         if self.output_format == "gif" and self.quality != DEFAULT_QUALITY:
@@ -126,20 +200,30 @@ class Request:
 
     @property
     def prompts(self) -> list[str]:
-        """In the order they are shown."""
+        """The prompts in the order in which they are shown."""
         return [self.prompt, *(part for part in self.next_prompts.split("|") if part.strip())]
 
 
-def _number(name: str, value: Any, whole: bool) -> Any:
-    """The value as an int (or float), if it is one within the field's bounds. JSON may bring 16.0 for 16."""
-    low, high = BOUNDS[name]
-    allowed = f"{'a whole' if whole else 'a'} number from {low} to {high}"
-    if name in UNITS:
-        allowed += f" ({UNITS[name]})"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (whole and value != int(value)) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be {allowed}, not {_shown(value)}.")
-    return int(value) if whole else float(value)
+INPUTS: dict[str, InputSpec] = {field.name: field.metadata["input"] for field in dataclasses.fields(Request)}
+INIT_VIDEO = InputSpec(
+    "file", "Video or picture to start from, scaled and cropped to the requested size", optional=True
+)
+
+
+def inputs_table() -> str:
+    """The inputs as a Markdown table, for the documents."""
+    rows = ["| input | type | default | allowed | description |", "|---|---|---|---|---|"]
+    defaults = {field.name: field.default for field in dataclasses.fields(Request)}
+    inputs = list(INPUTS.items())
+    inputs.insert(list(INPUTS).index("strength"), ("init_video", INIT_VIDEO))
+    for name, spec in inputs:
+        default = defaults.get(name)
+        shown = "" if default is None else "empty" if default == "" else f"`{str(default).lower()}`"
+        if spec.kind == "text" and default:
+            shown = f"`{default}`"
+        cells = (f"`{name}`", spec.kind, shown, spec.allowed, spec.description)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def _shown(value: Any) -> str:

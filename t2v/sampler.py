@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2v.distilled import DistilledSampling
 from t2v.errors import WeightsError
 
 # Timesteps the few-step models were distilled on.
@@ -22,31 +23,9 @@ DISTILLED_STEPS = 50
 SIGMA_DATA = 0.5  # of the consistency models' boundary condition
 
 
-@dataclass(frozen=True)
-class FewStep:
-    """How a model distilled to few steps is sampled (latent consistency; Luo et al., arXiv 2310.04378).
-
-    Attributes:
-        name: of the model.
-        timestep_scaling: of the boundary condition.
-        strided: whether n steps are the first n of every (50 // n)-th timestep, or are spread evenly over all.
-        guidance: (least, default, greatest) scale that its network takes as an input; None if it takes none. Either
-            way one row is computed: guidance was distilled in.
-        steps: (default, greatest) number of steps.
-    """
-
-    name: str
-    timestep_scaling: float
-    strided: bool
-    guidance: tuple[float, float, float] | None
-    steps: tuple[int, int] = (4, 8)
-
-
-TURBO = FewStep("T2V-Turbo-MS", timestep_scaling=10, strided=True, guidance=(2, 7.5, 14))
-MCM = FewStep("MCM", timestep_scaling=4, strided=False, guidance=None)
-
-Solver = Literal["dpm++", "ddim", "unipc"] | FewStep
+Solver = Literal["dpm++", "ddim", "unipc", "lcm"]
 # (index of the step, x_t, x_0 of the two steps before) -> (x at the next timestep, x_0 of this step and the one before)
+OnStep = Callable[[int, int, Tensor], None]
 Advance = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -100,16 +79,18 @@ class Schedule:
             set_alpha_to_one=config.get("set_alpha_to_one", True),
         )
 
-    def steps(self, solver: Solver, n: int, begin: int = 0) -> list["Step"]:
+    def steps(self, solver: Solver, n: int, begin: int = 0, distilled: DistilledSampling | None = None) -> list["Step"]:
         """The n updates from pure noise to a clean sample, in the order they are made. 1 <= n <= T.
 
         Args:
             begin: the first so many are left out; the one that is then first does without what was before it.
+            distilled: recipe for the solver "lcm".
         """
         if not 1 <= n <= len(self.alpha_bar):
             raise ValueError(f"{n} steps: a schedule of {len(self.alpha_bar)} timesteps allows 1 to that many")
-        if isinstance(solver, FewStep):
-            return self._consistency(solver, n)[begin:]
+        if solver == "lcm":
+            assert distilled is not None, "lcm needs the recipe of a distilled model"
+            return self._consistency(distilled, n)[begin:]
         if solver == "ddim":
             return self._ddim(n)[begin:]
         return (self._unipc if solver == "unipc" else self._dpm_solver_2m)(n, begin)[begin:]
@@ -210,14 +191,14 @@ class Schedule:
         sigma = [math.sqrt(1 - a) for a in ab] + [0.0]
         return ts, alpha, sigma, [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]
 
-    def _consistency(self, model: FewStep, n: int) -> list["Step"]:
+    def _consistency(self, model: DistilledSampling, n: int) -> list["Step"]:
         """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): to x_0, then back to the next noise level."""
         if n > DISTILLED_STEPS:
             raise ValueError(f"{n} steps: {model.name} allows at most {DISTILLED_STEPS}")
         stride = len(self.alpha_bar) // DISTILLED_STEPS
         grid = [stride * (i + 1) - 1 for i in reversed(range(DISTILLED_STEPS))]
         spread = [grid[i * DISTILLED_STEPS // n] for i in range(n)]
-        ts = grid[:: DISTILLED_STEPS // n][:n] if model.strided else spread
+        ts = grid[:: DISTILLED_STEPS // n][:n] if model.evenly_strided else spread
         steps = []
         for t, t_next in zip(ts, [*ts[1:], None]):
             ab = float(self.alpha_bar[t])
@@ -279,9 +260,7 @@ def update(
     return x, torch.stack([x_0, others[0]])
 
 
-def denoise(
-    advance: Advance, x: Tensor, n: int, progress: Callable[[int, int, Tensor], None] = lambda done, total, x_0: None
-) -> Tensor:
+def denoise(advance: Advance, x: Tensor, n: int, progress: OnStep = lambda done, total, x_0: None) -> Tensor:
     """Run n steps from noise x to a clean sample of the same shape and dtype.
 
     Args:

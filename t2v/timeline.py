@@ -1,19 +1,14 @@
-"""Videos longer than the model was trained on: which frames are denoised together, and how it is put together again.
+"""Videos longer than the model was trained on: which frames are denoised together. Plain data, no torch.
 
-In every step the denoiser runs on overlapping windows of frames, and where they overlap its predictions are averaged
-(MultiDiffusion; Bar-Tal et al., arXiv 2302.08113), heavier in the middle of a window than at its borders. From step to
-step the windows move, so that no pair of neighbours is always divided. All of them start from one stretch of noise,
-shuffled along the video, by which distant windows show the same things (FreeNoise; Qiu et al., arXiv 2310.15169). A
-loop is a timeline bent into a circle.
+In every step the denoiser runs on overlapping windows of frames. Where windows overlap, its predictions are averaged
+(MultiDiffusion; Bar-Tal et al., arXiv 2302.08113), with more weight in the middle of a window than at its borders. The
+windows move from step to step, so that no pair of neighbouring frames is always divided. A loop is a timeline bent into
+a circle.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-SHIFT = 3  # frames that the windows move between two steps; no divisor of a usual window's half
+SHIFT = 3  # frames that the windows move between two steps; no divisor of a common half window
 
 
 @dataclass(frozen=True)
@@ -21,77 +16,68 @@ class Window:
     """Frames that are denoised together.
 
     Attributes:
-        start: the first of them.
-        frames: (n,) int64.
-        weights: (n, 1, 1) float32, of the prediction for each.
+        start: index of the first frame.
+        frames: indices of all frames, in order. In a loop they may pass the end and go on at 0.
+        weights: weight of the prediction for each frame, 0 to 1.
     """
 
     start: int
-    frames: Tensor
-    weights: Tensor
+    frames: list[int]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """How `frames` frames are denoised, `window` at a time.
+    """How `num_frames` frames are denoised, `window` frames at a time.
 
     Attributes:
-        loop: whether the first frame follows the last.
+        loop: whether the last frame leads to the first.
     """
 
-    frames: int
+    num_frames: int
     window: int
     loop: bool = False
 
     @property
-    def whole(self) -> bool:
-        """Whether every step is one run over the frames as they stand."""
-        return self.frames <= self.window and not self.loop
+    def is_single_window(self) -> bool:
+        """Whether every step is one run over all frames in order."""
+        return self.num_frames <= self.window and not self.loop
 
     @property
-    def size(self) -> int:
-        """Frames of one run."""
-        return min(self.frames, self.window)
+    def window_size(self) -> int:
+        """Number of frames of one run."""
+        return min(self.num_frames, self.window)
 
     def starts(self, step: int) -> list[int]:
         """First frames of the windows of a step. In a loop a window may pass the end."""
-        stride = max(1, self.size // 2)
+        stride = max(1, self.window_size // 2)
         if self.loop:
-            count = 1 if self.frames <= self.window else -(-self.frames // stride)
-            return [(SHIFT * step + i * stride) % self.frames for i in range(count)]
-        last = self.frames - self.size
-        return sorted({min(max(0, s), last) for s in range(SHIFT * step % stride - stride, self.frames, stride)})
+            count = 1 if self.num_frames <= self.window else -(-self.num_frames // stride)
+            return [(SHIFT * step + i * stride) % self.num_frames for i in range(count)]
+        last = self.num_frames - self.window_size
+        return sorted({min(max(0, s), last) for s in range(SHIFT * step % stride - stride, self.num_frames, stride)})
 
-    def windows(self, step: int, device: torch.device | str = "cpu") -> list[Window]:
-        """The windows of a step. A frame's weights over all of them add up to 1."""
-        ramp = torch.tensor([min(i + 1, self.size - i) for i in range(self.size)], dtype=torch.float32)
-        indices = {start: (start + torch.arange(self.size)) % self.frames for start in self.starts(step)}
-        total = torch.zeros(self.frames)
-        for index in indices.values():
-            total[index] += ramp
+    def windows(self, step: int) -> list[Window]:
+        """The windows of a step. The weights of a frame over all windows add up to 1."""
+        size = self.window_size
+        ramp = [min(i + 1, size - i) for i in range(size)]
+        frames = {start: [(start + i) % self.num_frames for i in range(size)] for start in self.starts(step)}
+        total = [0] * self.num_frames
+        for indices in frames.values():
+            for index, weight in zip(indices, ramp):
+                total[index] += weight
         return [
-            Window(start, index.to(device), (ramp / total[index])[:, None, None].to(device))
-            for start, index in indices.items()
+            Window(start, indices, [weight / total[index] for index, weight in zip(indices, ramp)])
+            for start, indices in frames.items()
         ]
 
-    def mixture(self, start: int, prompts: int) -> list[float]:
-        """Share of each of so many prompts, spread evenly over the timeline, in the window that starts there."""
-        at = (start + self.size / 2) / self.frames * prompts - 0.5
+    def prompt_shares(self, start: int, num_prompts: int) -> list[float]:
+        """Share of each prompt, spread evenly over the timeline, in the window that begins at `start`."""
+        at = (start + self.window_size / 2) / self.num_frames * num_prompts - 0.5
         if not self.loop:
-            at = min(max(at, 0), prompts - 1)
-        shares = [0.0] * prompts
+            at = min(max(at, 0), num_prompts - 1)
+        shares = [0.0] * num_prompts
         before = int(at // 1)
-        shares[before % prompts] += 1 - (at - before)
-        shares[(before + 1) % prompts] += at - before
+        shares[before % num_prompts] += 1 - (at - before)
+        shares[(before + 1) % num_prompts] += at - before
         return shares
-
-    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Unit normal noise of shape (1, c, F, h, w): that of one window, and on from there the same frames in another
-        order, half a window shuffled at a time."""
-        one = torch.randn((*shape[:2], self.size, *shape[3:]), generator=generator)
-        order = list(range(self.size))
-        half = max(1, self.size // 2)
-        while len(order) < self.frames:
-            block = order[len(order) - self.size :][:half]
-            order += [block[i] for i in torch.randperm(len(block), generator=generator)]
-        return one[:, :, order[: self.frames]]

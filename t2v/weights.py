@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from t2v.convolution import fold
 from t2v.errors import WeightsError
+from t2v.networks import empty
 
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # size and time of change of the files whose digests were found right
@@ -62,15 +64,15 @@ def check(folder: Path, verify: bool = False) -> None:
         WeightsError: the message names all that is wrong at once, and what repairs it.
     """
     if not folder.is_dir():
-        raise WeightsError(f"There is no weights folder {folder}. To get one: scripts/download_weights")
+        raise WeightsError(f"There is no weights folder {folder}. To get one: t2v weights download")
     missing = [name for name in CONFIGS if not (folder / name).is_file()]
     pickles = [n for n in NETWORKS if find(folder, n) is None and find(folder, n, pickles=True)]
     missing += [f"{n}/{NETWORKS[n]}.safetensors" for n in NETWORKS if find(folder, n) is None and n not in pickles]
     wrong = [f"it lacks {', '.join(missing)}"] if missing else []
-    repair = f"scripts/download_weights {folder}"
+    repair = f"t2v weights download {folder}"
     if pickles:
         wrong.append(f"the weights of {', '.join(pickles)} are pickles, which are not loaded")
-        repair = f"scripts/convert_weights {folder} NEW_FOLDER"
+        repair = f"t2v weights convert {folder} NEW_FOLDER"
     wrong += [problem for n in NETWORKS if (path := find(folder, n)) and (problem := _header_problem(path))]
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
@@ -186,6 +188,26 @@ def load(module: nn.Module, folder: Path, network: str, device: torch.device, dt
             owner.register_forward_hook(lambda owner, ids, rows, widened=widened: widened(rows))
         else:
             parametrize.register_parametrization(owner, name, widened, unsafe=True)
+
+
+def load_networks(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The three networks of a model's folder, by name.
+
+    Raises:
+        WeightsError: names everything that is wrong with any of them.
+    """
+    networks: dict[str, Any] = {}
+    wrong = []
+    for name in NETWORKS:
+        try:
+            networks[name] = empty(name, read_json(folder / name / "config.json"))
+            load(networks[name], folder, name, device, dtype)
+            fold(networks[name])
+        except WeightsError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise WeightsError(" ".join(wrong))
+    return networks
 
 
 class Widened(nn.Module):

@@ -13,6 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from random_weights import SCHEDULER as MS_SCHEDULER
 from t2v.engine import Engine
+from t2v.job import Pass
+from t2v.noise import noise_stream
+from t2v.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "weights" / "demo"
@@ -87,6 +90,21 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Engine:
     return Engine.load(tiny_folder, device="cpu")
+
+
+def first_pass(engine: Engine, request: Request, has_init_video: bool = False) -> Pass:
+    return engine.prepare(request, has_init_video=has_init_video).passes[0]
+
+
+def clean_latents(engine: Engine, request: Request, init_frames=None, **options) -> torch.Tensor:
+    """(1, C, F, h, w): what the first pass of a request hands to the decoder."""
+    return engine.denoise(first_pass(engine, request, init_frames is not None), init_frames, **options)
+
+
+def first_noise(engine: Engine, request: Request) -> torch.Tensor:
+    """(1, C, F, h, w): what denoising starts from."""
+    pass_ = first_pass(engine, request)
+    return next(noise_stream(pass_.timeline, pass_.latent_shape, pass_.seed, engine.device))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import psutil
 import requests
 
 from conftest import ROOT
-from t2v.video import VideoInfo, read_video
+from t2v.media.encode import VideoInfo, read_video
+from t2v.serving.schema import write_schema
 
 BUSY_FOR = 30  # seconds a test waits for the slot to be free
 
@@ -122,15 +123,13 @@ def serve(
         environment: variables to add.
     """
     folder.mkdir()
-    for name in ("t2v", "predict_stream.py"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "t2v").symlink_to(ROOT / "t2v")
     if predictor is None:
         (folder / "predict.py").symlink_to(ROOT / "predict.py")
     else:
         (folder / "predict.py").write_text(predictor)
     if schema:
-        script, out = ROOT / "scripts" / "openapi_schema.py", folder / ".cog" / "openapi_schema.json"
-        subprocess.run([sys.executable, script, "--predictor", ROOT / stub, "--out", out], check=True)
+        write_schema(ROOT / "predict.py", stub.partition(":")[2], folder / ".cog" / "openapi_schema.json")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

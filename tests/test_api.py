@@ -1,13 +1,10 @@
-"""docs/api.md: its tables are what the real server does, and its clients work against it.
+"""docs/api.md: its table of statuses is what the real server does, and its clients work against it.
 
-    T2V_WRITE_DOCS=1 scripts/test tests/test_api.py
-
-writes the tables anew.
+T2V_WRITE_DOCS=1 scripts/test tests/test_api.py writes the table.
 """
 
 import http.server
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,8 +17,8 @@ import pytest
 import requests
 import yaml
 
-import openapi_schema
 from conftest import ROOT
+from documents import check_table
 from serving import Server, serve
 
 PAGE = ROOT / "docs" / "api.md"
@@ -35,34 +32,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Itera
         yield started
 
 
-def check(name: str, table: str) -> None:
-    """The page holds this table; or is made to."""
-    page = PAGE.read_text()
-    found = re.search(rf"(<!-- {name}: [^\n]* -->\n)(.*?)(<!-- end -->)", page, re.DOTALL)
-    assert found
-    if os.environ.get("T2V_WRITE_DOCS") == "1":
-        PAGE.write_text(page[: found.end(1)] + table + page[found.start(3) :])
-    else:
-        assert found[2] == table
-
-
 def rows(*cells: tuple[object, ...]) -> str:
     head, *rest = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in cells]
     return "\n".join([f"| {head} |", "|" + "---|" * len(cells[0]), *(f"| {row} |" for row in rest)]) + "\n"
-
-
-def test_the_table_of_inputs():
-    document = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", "0.23.1")["components"][
-        "schemas"
-    ]
-    lines: list[tuple[object, ...]] = [("input", "type", "default", "allowed", "meaning")]
-    for name, entry in document["Input"]["properties"].items():
-        choices = document[name]["enum"] if "allOf" in entry else None
-        allowed = f"{entry['minimum']} to {entry['maximum']}" if "minimum" in entry else ""
-        kind = "string" if choices else "file" if entry.get("format") == "uri" else entry["type"]
-        default = "" if entry["default"] is None else f"`{entry['default']}`" if entry["default"] != "" else "empty"
-        lines.append((f"`{name}`", kind, default, ", ".join(choices) if choices else allowed, entry["description"]))
-    check("inputs", rows(*lines))
 
 
 def shown(body: str) -> str:
@@ -114,7 +86,8 @@ def test_the_table_of_statuses(server: Server):
     seen.append(("cancelling it", requests.post(f"{url}/mine/cancel", timeout=9)))
     assert {answer.status_code for _, answer in seen} == {200, 202, 400, 404, 409, 413, 415, 422}
     order = sorted(seen, key=lambda entry: entry[1].status_code)
-    check("statuses", rows(("HTTP", "when", "body"), *((a.status_code, when, shown(a.text)) for when, a in order)))
+    table = [("HTTP", "when", "body"), *((answer.status_code, when, shown(answer.text)) for when, answer in order)]
+    check_table(PAGE, "statuses", rows(*table))
 
 
 def blocks(language: str) -> list[str]:

@@ -18,8 +18,9 @@ from diffusers import TextToVideoSDPipeline
 from safetensors.torch import load_file
 
 import original
-from conftest import ROOT
+from conftest import ROOT, clean_latents, first_noise
 from t2v import convert as module
+from t2v.cli import MALLOC
 from t2v.convert import convert
 from t2v.engine import Engine
 from t2v.errors import WeightsError
@@ -67,7 +68,7 @@ def close(ours, expected: np.ndarray, tolerance: float) -> None:
 
 @pytest.mark.parametrize("small", [False, True])
 @torch.inference_mode()
-def test_the_originals_own_numbers(converted: dict[bool, Path], small: bool):
+def test_the_originals_own_numbers(converted: dict[bool, Path], small: bool, monkeypatch: pytest.MonkeyPatch):
     golden = {key: value for key, value in np.load(original.GOLDEN).items() if key.startswith("small_") == small}
     golden = {key.removeprefix("small_"): value for key, value in golden.items()}
     engine = Engine.load(converted[small], device="cpu")
@@ -78,10 +79,10 @@ def test_the_originals_own_numbers(converted: dict[bool, Path], small: bool):
     close(engine.unet(noise, 500, context[1:]), golden["prediction"], 3e-5)
     images = noise[0].transpose(0, 1) / engine.vae.scale
     close(engine.vae.autoencoder.decode(images)[:, :, ::3, ::3], golden["decoded"], 3e-5)
-    assert (engine.guidance_scale, engine.native_size) == (9, (256, 256))
-    engine.draws = lambda request: iter([noise])  # type: ignore[method-assign]
+    assert (engine.model.info.guidance_scale, engine.model.info.native_size) == (9, (256, 256))
+    monkeypatch.setattr("t2v.model.noise_stream", lambda *_: iter([noise]))
     request = Request(original.PROMPTS[1], num_frames=3, num_inference_steps=50, scheduler="ddim")
-    close(engine.denoised(request), golden["latents"], 2e-4)
+    close(clean_latents(engine, request), golden["latents"], 2e-4)
 
 
 @torch.inference_mode()
@@ -105,9 +106,9 @@ def test_diffusers_loads_it_and_agrees(converted: dict[bool, Path]):
     engine = Engine.load(converted[False], device="cpu")
     request = Request("a boat", num_frames=2, num_inference_steps=4, width=32, height=32, seed=1, scheduler="ddim")
     expected = pipeline(
-        "a boat", 32, 32, 2, 4, guidance_scale=9.0, latents=engine.noise(request), output_type="latent"
+        "a boat", 32, 32, 2, 4, guidance_scale=9.0, latents=first_noise(engine, request), output_type="latent"
     ).frames
-    close(engine.denoised(request), expected.numpy(), 1e-4)
+    close(clean_latents(engine, request), expected.numpy(), 1e-4)
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
     assert all(key.startswith("text_model.") for key in load_file(converted[False] / "text_encoder/model.safetensors"))
     assert [s.t for s in Schedule.from_config(pipeline.scheduler.config).steps("ddim", 50)] == [*range(981, 0, -20)]
@@ -191,13 +192,13 @@ def test_pickled_diffusers_folders_are_converted(tiny_folder: Path, tmp_path: Pa
         name = "pytorch_model.bin" if "text_encoder" in str(path) else "diffusion_pytorch_model.bin"
         torch.save(state, path.with_name(name))
         path.unlink()
-    with pytest.raises(WeightsError, match=r"pickles.*scripts/convert_weights"):
+    with pytest.raises(WeightsError, match=r"pickles.*t2v weights convert"):
         Engine.load(folder, device="cpu")
     convert(folder, tmp_path / "out", torch.float32, log=lambda line: None)
     engine = Engine.load(tmp_path / "out", device="cpu")
     request = Request("a circle", num_frames=2, num_inference_steps=2, seed=0)
-    assert torch.equal(engine.denoised(request), tiny.denoised(request))
-    assert engine.native_size == tiny.native_size
+    assert torch.equal(clean_latents(engine, request), clean_latents(tiny, request))
+    assert engine.model.info.native_size == tiny.model.info.native_size
 
 
 class Hostile:
@@ -294,19 +295,18 @@ def test_a_full_disk(source: Path, tmp_path: Path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21));"
-        "sys.path.insert(0, 'scripts'); import convert_weights; convert_weights.main()"
+        "from t2v.cli import main; main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, source, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, "weights", "convert", source, tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | MALLOC, capture_output=True, text=True)
     assert done.returncode == 1 and "Is the disk full?" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_the_script(source: Path, tmp_path: Path):
-    script = [ROOT / "scripts" / "convert_weights", source, tmp_path / "out", "--dtype", "float32"]
-    done = subprocess.run(script, capture_output=True, text=True)
+def test_the_command(source: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "t2v", "weights", "convert", source, tmp_path / "out", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "T2V_WEIGHTS" in done.stdout, done.stderr
-    again = subprocess.run(script, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
-    assert Engine.load(tmp_path / "out", device="cpu", verify=True).native_size == (256, 256)
+    assert Engine.load(tmp_path / "out", device="cpu", verify=True).model.info.native_size == (256, 256)

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from t2v.video import VideoInfo, read_video
+from t2v.media.encode import VideoInfo, read_video
 
 PROGRAM = """
 import resource, sys
 from t2v.engine import Engine
 from t2v.request import Request
-from t2v.video import write_video
+from t2v.media.encode import write_video
 from pathlib import Path
 engine = Engine.load(sys.argv[1], device="cpu")
-assert sum(p.numel() for p in engine.unet.parameters()) == 1_411_233_860 and engine.native_size == (256, 256)
+assert sum(p.numel() for p in engine.unet.parameters()) == 1_411_233_860 and engine.model.info.native_size == (256, 256)
 request = Request(num_frames=4, num_inference_steps=2, width=64, height=64, seed=0)
-write_video(Path(sys.argv[2]), engine.generate(request), request.fps, engine.metadata(request))
+job = engine.prepare(request)
+write_video(Path(sys.argv[2]), engine.run(job), request.fps, dict(job.metadata))
 """
 
 

@@ -12,15 +12,15 @@ from diffusers import UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import TINY_UNET, reference_unet
+from conftest import TINY_UNET, clean_latents, first_pass, reference_unet
 from t2v import lora as module
 from t2v import weights
-from t2v.engine import FAST_STEPS, Engine
+from t2v.distilled import MCM, TURBO
+from t2v.engine import Engine
 from t2v.errors import InvalidRequest, WeightsError
-from t2v.graph import Graphs
-from t2v.lora import COND_PROJ, Merged, parse, read
+from t2v.job import FAST_STEPS, Sampling
+from t2v.lora import COND_PROJ, MergedLora, parse, read
 from t2v.request import Request
-from t2v.sampler import MCM, TURBO
 from t2v.unet3d import UNet3D, UNet3DConfig
 
 RANK = 2
@@ -76,7 +76,7 @@ def some_layers(unet: UNet3D) -> dict[str, tuple[int, ...]]:
 
 def check_merge(unet: UNet3D, path: Path, layers: dict[str, tuple[int, ...]], factor: float = 1.0, scale: float = 1.0):
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    merged = Merged(unet, read(path, unet), scale)
+    merged = MergedLora(unet, read(path, unet), scale)
     assert merged.active
     after = unet.state_dict()
     for name, shape in layers.items():
@@ -84,7 +84,7 @@ def check_merge(unet: UNet3D, path: Path, layers: dict[str, tuple[int, ...]], fa
         torch.testing.assert_close(after[f"{name}.weight"], expected, rtol=0, atol=1e-6)
     for key, value in before.items():
         assert torch.equal(value, after[key]) == (key.removesuffix(".weight") not in layers)
-    merged.undo()
+    merged.remove()
     assert not merged.active and unet.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 
@@ -110,7 +110,7 @@ def test_peft_folder(unet: UNet3D, tmp_path: Path, scale: float, rslora: bool):
     layers = some_layers(unet)
     path = peft(tmp_path / "peft", layers, lora_alpha=6, use_rslora=rslora)
     check_merge(unet, path, layers, 6 / (RANK**0.5 if rslora else RANK), scale)
-    assert read(path, unet).few_step is None
+    assert read(path, unet).distilled is None
 
 
 def test_peft_patterns(unet: UNet3D, tmp_path: Path):
@@ -125,7 +125,7 @@ def test_list_without_names(unet: UNet3D, tmp_path: Path):
     layers = {name: shape for name, shape in module._layers(unet).items() if name != COND_PROJ}
     path = listed(tmp_path / "unet.pt", layers)
     check_merge(unet, path, layers)
-    assert read(path, unet).few_step is None
+    assert read(path, unet).distilled is None
 
 
 def test_stable_lora(unet: UNet3D, tmp_path: Path):
@@ -155,8 +155,8 @@ def test_guidance_as_an_input_equals_diffusers(tmp_path: Path):
     """T2V-Turbo-MS: the list with one layer more, whose base is zero; w embedded as its authors do."""
     ours = network()
     layers = module._layers(ours)
-    merged = Merged(ours, read(listed(tmp_path / "unet_lora.pt", layers), ours))
-    assert merged.lora.few_step is TURBO
+    merged = MergedLora(ours, read(listed(tmp_path / "unet_lora.pt", layers), ours))
+    assert merged.lora.distilled is TURBO
     reference = reference_unet(**TINY_UNET, time_cond_proj_dim=256)
     state = reference_unet(**TINY_UNET).state_dict() | {f"{COND_PROJ}.weight": torch.zeros(layers[COND_PROJ])}
     for name, shape in layers.items():
@@ -212,6 +212,10 @@ def test_parse(text: str, path: str, scale: float):
     assert parse(text) == (Path(path), scale)
 
 
+def sampling(engine: Engine, request: Request) -> Sampling:
+    return first_pass(engine, request).sampling
+
+
 @pytest.fixture(scope="module")
 def mcm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = module._layers(network())
@@ -224,65 +228,64 @@ def test_turbo_is_the_default_where_it_is_installed_and_quality_takes_it_out(
 ):
     engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
     turbo = Request("a circle", num_frames=2, seed=1)
-    sampling = engine.sampling(turbo)
-    assert (sampling.solver, sampling.steps, sampling.guidance_scale) == (MCM, 4, 1)
-    first = engine.denoised(turbo)
-    assert engine.merged is not None and engine.merged.active
-    assert engine.metadata(turbo)["lora"] == "mcm:1" and engine.metadata(turbo)["num_inference_steps"] == 4
+    resolved = sampling(engine, turbo)
+    assert (resolved.distilled, resolved.num_steps, resolved.guidance_scale) == (MCM, 4, 1)
+    first = clean_latents(engine, turbo)
+    assert engine.model.lora is not None and engine.model.lora.active
+    assert (
+        engine.prepare(turbo).metadata["lora"] == "mcm:1" and engine.prepare(turbo).metadata["num_inference_steps"] == 4
+    )
     quality = Request("a circle", num_frames=2, seed=1, preset="quality", num_inference_steps=3)
-    assert torch.equal(engine.denoised(quality), tiny.denoised(quality))
-    assert not engine.merged.active and "lora" not in engine.metadata(quality)
-    assert torch.equal(engine.denoised(turbo), first)
-    assert isinstance(engine.step, Graphs)
-    engine.step.after = 0  # and through recordings
-    for request, expected in ((turbo, first), (quality, tiny.denoised(quality)), (turbo, first)):
-        torch.testing.assert_close(engine.denoised(request), expected, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(first, tiny.denoised(Request("a circle", num_frames=2, seed=1, num_inference_steps=4)))
+    assert torch.equal(clean_latents(engine, quality), clean_latents(tiny, quality))
+    assert not engine.model.lora.active and "lora" not in engine.prepare(quality).metadata
+    assert torch.equal(clean_latents(engine, turbo), first)
+    engine.model.step.min_calls = 0  # and through recordings
+    for request, expected in ((turbo, first), (quality, clean_latents(tiny, quality)), (turbo, first)):
+        torch.testing.assert_close(clean_latents(engine, request), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(first, clean_latents(tiny, Request("a circle", num_frames=2, seed=1, num_inference_steps=4)))
 
 
-def test_few_steps_use_fresh_noise_from_the_seed(tiny_folder: Path, mcm_folder: Path):
+def test_distilleds_use_fresh_noise_from_the_seed(tiny_folder: Path, mcm_folder: Path):
     engine = Engine.load(tiny_folder, device="cpu", lora=f"{mcm_folder}:0.5")
-    same = [engine.denoised(Request("x", num_frames=1, seed=3, num_inference_steps=n)) for n in (4, 4, 5)]
+    same = [clean_latents(engine, Request("x", num_frames=1, seed=3, num_inference_steps=n)) for n in (4, 4, 5)]
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
-    draws = engine.draws(Request(num_frames=1, seed=3))
-    assert not torch.equal(next(draws), next(draws))
 
 
-def test_a_second_pass_is_made_in_few_steps_only_where_the_adaptation_is(
+def test_a_second_pass_is_made_in_distilleds_only_where_the_adaptation_is(
     tiny_folder: Path, tiny: Engine, mcm_folder: Path
 ):
     engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
     request = Request("a circle", num_frames=2, seed=1, upscale=2)
     told: list[str] = []
-    (video,) = engine.generate(request, lambda stage, done, total: told.append(f"{stage} {total}"))
+    (video,) = engine.generate(request, on_progress=lambda stage, done, total: told.append(f"{stage} {total}"))
     assert video.shape == (2, 64, 64, 3) and told.count("denoise 4") == 4 and told.count("denoise 3") == 3
-    engine.upscaler = tiny
+    engine.upscaler = tiny.model
     told.clear()
-    list(engine.generate(request, lambda stage, done, total: told.append(f"{stage} {total}")))
+    list(engine.generate(request, on_progress=lambda stage, done, total: told.append(f"{stage} {total}")))
     assert told.count("denoise 4") == 4 and told.count("denoise 12") == 12
 
 
 @pytest.mark.parametrize("asked, steps", [(1, 1), (8, 8), (9, 4), (50, 4)])
 def test_steps_of_turbo(tiny_folder: Path, mcm_folder: Path, asked: int, steps: int):
     engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
-    assert engine.sampling(Request(num_inference_steps=asked)).steps == steps
+    assert sampling(engine, Request(num_inference_steps=asked)).num_steps == steps
 
 
 def test_rules_of_the_presets(tiny: Engine, tiny_folder: Path, mcm_folder: Path, tmp_path: Path):
-    assert tiny.sampling(Request()).steps == 50
-    assert tiny.sampling(Request(preset="fast")).steps == FAST_STEPS
-    assert tiny.sampling(Request(preset="fast", num_inference_steps=5)).steps == 5
+    assert sampling(tiny, Request()).num_steps == 50
+    assert sampling(tiny, Request(preset="fast")).num_steps == FAST_STEPS
+    assert sampling(tiny, Request(preset="fast", num_inference_steps=5)).num_steps == 5
     with pytest.raises(InvalidRequest, match="T2V_LORA"):
-        tiny.denoised(Request(preset="turbo"))
+        clean_latents(tiny, Request(preset="turbo"))
     mcm = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
     with pytest.raises(InvalidRequest, match="takes no guidance_scale"):
-        mcm.sampling(Request(guidance_scale=7))
-    assert mcm.sampling(Request(guidance_scale=7, preset="quality")).guidance_scale == 7
+        sampling(mcm, Request(guidance_scale=7))
+    assert sampling(mcm, Request(guidance_scale=7, preset="quality")).guidance_scale == 7
     turbo = Engine.load(tiny_folder, "cpu", lora=str(listed(tmp_path / "unet_lora.pt", module._layers(network()))))
-    assert turbo.sampling(Request()).embedded == 7.5
+    assert sampling(turbo, Request()).embedded_guidance == 7.5
     with pytest.raises(InvalidRequest, match="2 to 14"):
-        turbo.sampling(Request(guidance_scale=15))
-    a, b = (turbo.denoised(Request("x", num_frames=1, seed=0, guidance_scale=w)) for w in (2, 14))
+        sampling(turbo, Request(guidance_scale=15))
+    a, b = (clean_latents(turbo, Request("x", num_frames=1, seed=0, guidance_scale=w)) for w in (2, 14))
     assert not torch.equal(a, b)
 
 
@@ -298,9 +301,9 @@ def test_weights_that_were_kept_in_half_precision_are_adapted_in_full(
     for kept in (range(0), range(1, 2**62)):
         monkeypatch.setattr(weights, "KEPT", kept)
         engine = Engine.load(folder, "cpu", lora=str(style))
-        assert engine.merged is not None
+        assert engine.model.lora is not None
         made.append(engine.unet(x, 500, context))
-        engine.merged.undo()
+        engine.model.lora.remove()
         made.append(engine.unet(x, 500, context))
     adapted, plain = made[:2]
     assert torch.equal(made[2], adapted) and torch.equal(made[3], plain) and not torch.equal(adapted, plain)
@@ -310,26 +313,36 @@ def test_a_plain_lora_stays_in(tiny_folder: Path, tiny: Engine, tmp_path: Path):
     layers = some_layers(network())
     engine = Engine.load(tiny_folder, "cpu", lora=str(peft(tmp_path / "style", layers)))
     request = Request("x", num_frames=1, num_inference_steps=2, seed=0)
-    assert not torch.equal(engine.denoised(request), tiny.denoised(request))
-    assert engine.metadata(request)["lora"] == "style:1" and engine.sampling(request).preset == "quality"
+    assert not torch.equal(clean_latents(engine, request), clean_latents(tiny, request))
+    assert engine.prepare(request).metadata["lora"] == "style:1" and sampling(engine, request).preset == "quality"
 
 
-@pytest.mark.parametrize("where", ["merge", "undo"])
-def test_an_interrupted_change_of_weights_is_mended_at_the_next(tiny_folder: Path, mcm_folder: Path, where: str):
-    """A prediction may be cancelled between any two operations."""
+def test_weights_are_restored_when_applying_a_lora_fails(unet: UNet3D, tmp_path: Path):
+    """Memory may run out in the middle of it. The weights must not stay half changed."""
+    layers = some_layers(unet)
+    lora = read(peft(tmp_path / "style", layers), unet)
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    last = list(lora.deltas)[-1]
+    up, down, factor = lora.deltas[last]
+    lora.deltas[last] = (up, down[:, :-1], factor)
+    with pytest.raises(RuntimeError):
+        MergedLora(unet, lora)
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+
+
+def test_the_lora_stays_as_it_is_while_requests_are_cancelled(tiny_folder: Path, mcm_folder: Path):
     engine = Engine.load(tiny_folder, device="cpu", lora=str(mcm_folder))
-    merged = engine.merged
-    assert merged
-    few = {name: p.clone() for name, p in engine.unet.state_dict().items()}
-    quick = {"num_frames": 1, "num_inference_steps": 1, "seed": 0}
-    turbo, quality = (engine.denoised(Request(preset=preset, **quick)) for preset in ("turbo", "quality"))
-    if where == "undo":
-        engine.denoised(Request(preset="turbo", **quick))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("t2v.lora.fold", lambda unet: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            engine.denoised(Request(preset="turbo" if where == "merge" else "quality", **quick))
-    assert merged.active is None
-    assert torch.equal(engine.denoised(Request(preset="quality", **quick)), quality)
-    assert torch.equal(engine.denoised(Request(preset="turbo", **quick)), turbo)
-    assert all(torch.equal(p, few[name]) for name, p in engine.unet.state_dict().items())
+    quick = {"num_frames": 1, "num_inference_steps": 2, "seed": 0}
+    requests = [Request(preset=preset, **quick) for preset in ("turbo", "quality")]
+    expected = [clean_latents(engine, request) for request in requests]
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(*_: object) -> None:
+        raise Cancelled
+
+    for request in (*requests, *reversed(requests)):
+        with pytest.raises(Cancelled):
+            engine.generate(request, on_progress=cancel)
+        assert all(torch.equal(clean_latents(engine, r), e) for r, e in zip(requests, expected))

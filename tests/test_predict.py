@@ -14,7 +14,7 @@ import torch
 import predict
 from predict import Predictor
 from t2v.errors import InvalidRequest, T2VError, WeightsError
-from t2v.video import read_metadata, read_video, write_video
+from t2v.media.encode import read_metadata, read_video, write_video
 
 # Every input: without a server an omitted one arrives as Cog's FieldInfo.
 INPUTS = {
@@ -113,7 +113,7 @@ def test_what_cog_fetched_is_used_and_goes_with_the_next_prediction(predictor: P
 
 def test_bad_input_is_refused_before_any_work_and_loses_nothing(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):
     kept = run(predictor)
-    monkeypatch.setattr(predictor.engine, "generate", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(predictor.engine, "run", lambda *_: pytest.fail("work was done"))
     with pytest.raises(InvalidRequest, match="num_frames must be a whole number from 1 to 256, not 0"):
         run(predictor, num_frames=0)
     assert kept.exists()
@@ -143,7 +143,9 @@ def test_a_failure_leaves_no_file_and_a_traceback_in_the_log_alone(
         monkeypatch.setattr(torch, "ones", lambda *_, **__: fail(torch.empty(0)))  # nothing can be computed any more
     with pytest.raises(T2VError) as caught:
         run(predictor)
-    assert str(caught.value).startswith(f"An internal error ({type(error).__name__}); the container's log says more.")
+    assert str(caught.value).startswith(
+        f"An internal error occurred ({type(error).__name__}); see the container's log."
+    )
     assert not list(predictor.outputs.iterdir())
     err = capfd.readouterr().err
     assert "Traceback" in err and str(error) in err

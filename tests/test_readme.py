@@ -32,8 +32,8 @@ def test_cog_yaml_follows_cogs_rules():
     assert set(config["build"]) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
     assert config["predict"] == "predict.py:Predictor"
     streaming = yaml.safe_load((ROOT / "cog-stream.yaml").read_text())
-    assert streaming == config | {"predict": "predict_stream.py:StreamingPredictor"}
-    assert config["environment"] == ["T2V_WEIGHTS=weights/ms-1.7b"]
+    assert streaming == config | {"predict": "predict.py:StreamingPredictor"}
+    assert config["environment"][0] == "T2V_WEIGHTS=weights/ms-1.7b"
     build = config["build"]
     assert build["gpu"] is True and all(isinstance(build[k], str) for k in ("cuda", "python_version", "sdk_version"))
     requirements = (ROOT / build["python_requirements"]).read_text().split()

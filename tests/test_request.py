@@ -45,12 +45,12 @@ from t2v.request import MAX_PROMPT, MAX_SEED, Request
         ("height", 8, r"height must be a whole number from 16 to 1024 \(pixels\), not 8"),
     ],
 )
-def test_bad_values_are_named(field: str, value: object, words: str):
+def test_an_invalid_value_is_refused_in_a_sentence_that_names_it(field: str, value: object, words: str):
     with pytest.raises(InvalidRequest, match=words):
         Request(**{field: value})
 
 
-def test_whole_floats_from_json_become_ints():
+def test_integral_floats_from_json_become_integers():
     request = Request(num_frames=16.0, num_inference_steps=2.0, fps=8.0, seed=7.0, guidance_scale=9)
     assert (request.num_frames, request.num_inference_steps, request.fps, request.seed) == (16, 2, 8, 7)
     assert all(type(v) is int for v in (request.num_frames, request.num_inference_steps, request.fps, request.seed))
@@ -61,18 +61,22 @@ def test_seed_zero_is_a_seed():
     assert Request(seed=0).seed == 0
 
 
-def test_no_seed_draws_one_and_says_which():
+def test_a_missing_seed_is_drawn_and_kept():
     seeds = {Request().seed for _ in range(20)}
     assert len(seeds) > 15 and all(isinstance(s, int) and 0 <= s <= MAX_SEED for s in seeds)
 
 
-def test_limits_themselves_are_allowed():
+def test_numbers_may_have_fractions():
+    assert (Request(strength=0.6).strength, Request(guidance_scale=7.5).guidance_scale) == (0.6, 7.5)
+
+
+def test_the_limits_are_inclusive():
     Request(
         prompt="a" * MAX_PROMPT, num_frames=1, num_inference_steps=500, fps=60, seed=MAX_SEED, width=1024, height=16
     )
 
 
-def test_rules_of_a_gif():
+def test_a_gif_has_its_own_limits():
     assert Request(output_format="gif", fps=50).fps == 50
     with pytest.raises(InvalidRequest, match="A gif shows at most 50 fps, not 60; ask for mp4 or webm"):
         Request(output_format="gif", fps=60)
@@ -80,6 +84,6 @@ def test_rules_of_a_gif():
         Request(output_format="gif", quality=30)
 
 
-def test_prompts_in_order():
+def test_prompts_are_split_in_order():
     assert Request("a").prompts == ["a"]
     assert Request("a | b", next_prompts=" c ||d| ").prompts == ["a | b", " c ", "d"]

@@ -8,8 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
 
 from conftest import MS_SCHEDULER
+from t2v.distilled import MCM, TURBO
 from t2v.errors import WeightsError
-from t2v.sampler import MCM, TURBO, Schedule, Step, denoise, guided, update
+from t2v.sampler import Schedule, Step, denoise, guided, update
 
 STEPS = (1, 2, 4, 20, 25, 30, 50, 1000)
 TOLERANCE = 1e-5  # relative, at every step; measured at most 7e-6
@@ -110,7 +111,7 @@ def test_few_steps_equal_the_reference(n: int):
     expected, generator = x, torch.Generator().manual_seed(1)
     for t in scheduler.timesteps:
         expected = scheduler.step(network(expected, int(t)), t, expected, generator).prev_sample
-    steps = schedule.steps(MCM, n)
+    steps = schedule.steps("lcm", n, distilled=MCM)
     assert [step.t for step in steps] == scheduler.timesteps.tolist()
     ours, generator = x, torch.Generator().manual_seed(1)
     for step in steps:
@@ -122,11 +123,11 @@ def test_few_steps_equal_the_reference(n: int):
 
 def test_timesteps_of_the_few_step_models():
     schedule = Schedule.from_config(MS_SCHEDULER)
-    assert [s.t for s in schedule.steps(MCM, 4)] == [999, 759, 499, 259]
-    assert [s.t for s in schedule.steps(TURBO, 4)] == [999, 759, 519, 279]
-    assert [s.t for s in schedule.steps(TURBO, 8)] == [999, 879, 759, 639, 519, 399, 279, 159]
+    assert [s.t for s in schedule.steps("lcm", 4, distilled=MCM)] == [999, 759, 499, 259]
+    assert [s.t for s in schedule.steps("lcm", 4, distilled=TURBO)] == [999, 759, 519, 279]
+    assert [s.t for s in schedule.steps("lcm", 8, distilled=TURBO)] == [999, 879, 759, 639, 519, 399, 279, 159]
     with pytest.raises(ValueError, match="at most 50"):
-        schedule.steps(TURBO, 51)
+        schedule.steps("lcm", 51, distilled=TURBO)
 
 
 def test_timesteps_of_the_original():

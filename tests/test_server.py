@@ -1,5 +1,6 @@
 """The real server, on 127.0.0.1, with tiny weights: what a caller sends and gets."""
 
+import base64
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import requests
 
-import openapi_schema
 from conftest import ROOT
 from serving import Server, saved, serve
-from t2v.video import VideoInfo, read_metadata
+from t2v.media.encode import VideoInfo, read_metadata, write_video
+from t2v.serving.schema import document
 
 pytestmark = pytest.mark.slow  # starts servers
 
@@ -38,7 +39,7 @@ def video(answer: dict[str, Any], path: Path) -> tuple[VideoInfo, np.ndarray]:
 def test_it_is_ready_and_serves_its_schema(server: Server):
     assert server.health()["status"] == "READY"
     served = requests.get(f"{server.url}/openapi.json", timeout=10).json()
-    expected = openapi_schema.document((ROOT / "predict.py").read_text(), "Predictor", served["info"]["version"])
+    expected = document((ROOT / "predict.py").read_text(), "Predictor", served["info"]["version"])
     assert served["components"]["schemas"]["Input"] == expected["components"]["schemas"]["Input"]
 
 
@@ -184,12 +185,31 @@ def test_a_video_can_start_from_another_one(server: Server, tmp_path: Path):
     assert np.array_equal(frames[1], video(server.predict(input=free).json(), tmp_path / "a.mp4")[1])
 
 
+def test_cancelling_stops_the_reading_of_init_video(server: Server, tmp_path: Path):
+    """Each frame takes a while in the autoencoder, so there is time to cancel before the first step."""
+    write_video(tmp_path / "a.mp4", [np.zeros((64, 256, 256, 3), np.uint8)], 8, {})
+    sent = "data:video/mp4;base64," + base64.b64encode((tmp_path / "a.mp4").read_bytes()).decode()
+    seen = len(server.log.read_bytes())
+
+    def log() -> str:
+        return server.log.read_bytes()[seen:].decode()
+
+    inputs = QUICK | {"num_frames": 64, "width": 256, "height": 256, "init_video": sent}
+    server.start("reading", input=inputs)
+    server.until(lambda: "prompt_sha256" in log(), 30, "the request")
+    server.cancel("reading")
+    server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
+    assert '\\"stage\\": \\"start\\"' not in log()
+    answer = server.predict(input=QUICK).json()
+    assert answer["status"] == "succeeded" and [path.suffix for path in server.files()] == [".mp4"]
+
+
 @pytest.mark.parametrize(
     "sent, sentence",
     [
-        ("/etc/hostname", "init_video must be an http, https or data address, or a file sent along"),
-        ("file:///etc/hostname", "init_video must be an http, https or data address, or a file sent along"),
-        ("data:video/mp4;base64,bm8gdmlkZW8=", "init_video is of no known kind; send MP4"),
+        ("/etc/hostname", "init_video must be an http, https or data URL, or an uploaded file"),
+        ("file:///etc/hostname", "init_video must be an http, https or data URL, or an uploaded file"),
+        ("data:video/mp4;base64,bm8gdmlkZW8=", "init_video has an unknown format; send an MP4"),
     ],
 )
 def test_files_of_the_server_and_what_is_no_video_are_refused(server: Server, sent: str, sentence: str):

@@ -1,8 +1,11 @@
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from t2v.video import write_video
 
 from t2v.engine import Engine
 
@@ -32,4 +35,32 @@ def test_one_frame_larger_than_a_chunk(tiny: Engine):
 
 
 def test_scale_and_factor_come_from_the_config(tiny: Engine):
-    assert (tiny.vae.factor, tiny.vae.channels, tiny.vae.scale) == (8, 4, 0.18215)
+    assert (tiny.vae.scale_factor, tiny.vae.channels, tiny.vae.scale) == (8, 4, 0.18215)
+
+
+def test_encoding_equals_the_diffusers_encoder_in_chunks_too(tiny: Engine, tiny_folder: Path):
+    reference = AutoencoderKL.from_pretrained(tiny_folder / "vae")
+    video = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
+    with torch.inference_mode():
+        x = torch.from_numpy(video).permute(0, 3, 1, 2).float() / 127.5 - 1
+        expected = reference.encode(x).latent_dist.mean * reference.config.scaling_factor
+    for chunk, counts in ((2**19, [5]), (2 * 32 * 48, [2, 4, 5])):
+        encoded: list[int] = []
+        latents = tiny.vae.encode(iter(video), chunk, encoded.append)
+        assert latents.shape == (1, 4, 5, 4, 6) and torch.allclose(latents[0].transpose(0, 1), expected, atol=1e-5)
+        assert encoded == counts
+
+
+def test_frames_are_not_collected_on_their_way_to_the_file(tiny: Engine, tmp_path: Path):
+    """Of 20 chunks at most two exist at a time: the one being encoded and the one being decoded."""
+    chunks: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def watched() -> Iterator[np.ndarray]:
+        for frames in tiny.vae.decode(torch.randn(1, 4, 40, 4, 4), chunk_pixels=2 * 32 * 32):
+            chunks.append(weakref.ref(frames))
+            alive.append(sum(chunk() is not None for chunk in chunks))
+            yield frames
+
+    assert write_video(tmp_path / "a.mp4", watched(), 8, {}).frames == 40
+    assert len(chunks) == 20 and max(alive) <= 2

@@ -114,13 +114,13 @@ def test_tensors_that_are_kept_as_they_are_stored_compute_the_same(halved: Path,
         assert halves == {True: True, False: False}
     request = Request("a circle", num_frames=3, num_inference_steps=3, seed=0)
     start = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8).numpy()
-    for inputs in ({}, {"start": start}):
+    for inputs in ({}, {"init_frames": start}):
         for record in (False, True):
             if record:
-                kept.step.after = 0
+                kept.model.step.min_calls = 0
             expected, made = (np.concatenate(list(e.generate(request, **inputs))) for e in (eager, kept))
             assert np.array_equal(made, expected)
-    assert kept.step.recordings
+    assert kept.model.step.recordings
 
 
 def test_nothing_is_kept_where_that_would_not_be_exact(halved: Path, monkeypatch: pytest.MonkeyPatch):

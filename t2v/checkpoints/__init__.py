@@ -1,0 +1,4 @@
+"""Model folders on disk.
+
+download  fetches a model folder, or repairs one
+"""
