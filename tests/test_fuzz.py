@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from serving import Server, serve
 
+pytestmark = pytest.mark.slow  # starts servers
+
 COUNT = int(os.environ.get("T2V_FUZZ", 150))
 TIMEOUT = 60  # seconds an answer may take
 CAPS = {"num_frames": 2, "num_inference_steps": 2, "width": 32, "height": 32}  # a larger value costs time, no more
@@ -320,8 +322,6 @@ def test_every_request_is_answered_with_a_reason_and_the_worker_survives(server:
 UNFIT = """
 import os
 from cog import BasePredictor, Input
-
-pytestmark = pytest.mark.slow  # starts servers
 
 class InvalidRequest(Exception):
     pass

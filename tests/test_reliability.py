@@ -1,12 +1,14 @@
 """What the container promises under faults: a real server, real signals, real limits, tiny weights."""
 
 import json
+import os
 import re
 import resource
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -233,6 +235,55 @@ def test_a_request_that_runs_out_of_memory_is_made_with_less_or_refused_with_a_r
         assert answer["status"] == "failed" and "OutOfMemory: 64 frames of 192x192: " in answer["error"], answer
         assert_well(limited)
         assert worker.memory_info().rss - resident < 100 * 2**20
+
+
+KERNELS = """
+import re, resource, sys
+from pathlib import Path
+
+import torch
+
+from predict import Predictor
+from t2v.errors import OutOfMemory, is_out_of_memory
+
+NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+@torch.inference_mode()
+def compute(size):  # a kernel of its own for each size
+    torch.nn.functional.conv2d(torch.ones(size, 8, 8, 8), torch.ones(8, 8, 3, 3))
+
+
+def run_out_of_memory():
+    kilobytes = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024, resource.RLIM_INFINITY))
+    try:
+        for size in range(2, 1000):
+            compute(size)
+    except RuntimeError as error:
+        assert is_out_of_memory(error)
+        raise OutOfMemory(str(error)) from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, NO_LIMIT)
+
+
+predictor = Predictor()
+predictor.setup()
+try:
+    with predictor.reporting_errors():
+        predictor.worker.call(run_out_of_memory)
+except OutOfMemory as error:
+    print(error)
+predictor.worker.call(compute, 1000)
+print("well")
+"""
+
+
+def test_the_worker_computes_after_there_was_no_memory_for_a_kernel(tiny_folder: Path):
+    environment = os.environ | {"T2V_WEIGHTS": str(tiny_folder), "T2V_DEVICE": "cpu"}
+    arguments = [sys.executable, "-c", KERNELS]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-2:] == ["could not create a primitive", "well"], done.stderr
 
 
 # R8

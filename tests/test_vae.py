@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from t2v.video import write_video
 
 from t2v.engine import Engine
+from t2v.media.encode import write_video
 
 
 def test_decodes_as_diffusers_does(tiny: Engine, tiny_folder: Path):
