@@ -175,13 +175,13 @@ kept = []
 class Predictor(ours.Predictor):
     def setup(self):
         super().setup()
-        generate = self.engine.generate
+        run = self.engine.run
 
         def leaking(*args, **kwargs):
             kept.append((b"x" * {size}, open(__file__)))
-            return generate(*args, **kwargs)
+            return run(*args, **kwargs)
 
-        self.engine.generate = leaking
+        self.engine.run = leaking
 """
 
 

@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, TINY_UNET, reference_unet
-from serving import Server, serve
+from serving import PATIENCE, Server, serve
 
 pytestmark = pytest.mark.slow  # starts servers
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 2, "num_inference_steps": 1, "seed": 0}
 SLOW = QUICK | {"num_frames": 32, "num_inference_steps": 500}
-LARGE = QUICK | {"num_frames": 64, "width": 256, "height": 256}  # seconds in every stage but the text's
+LARGE = QUICK | {"num_frames": 32, "width": 256, "height": 256}  # seconds in every stage but the text's
 # By the stage whose line says that the next one has begun, a request that is long in the next one: in its steps, each
 # of them short, because work stops between two of them, or in decoding and encoding.
 STAGES = {"request": SLOW, "text": SLOW, "denoise": LARGE, "decode": LARGE}
@@ -47,7 +47,7 @@ class Call(threading.Thread):
         super().__init__(daemon=True)
         self.server, self.inputs, self.answer = server, inputs, {}
         self.start()
-        server.until(lambda: self.answer or server.health()["status"] == "BUSY", 20, "a call is under way")
+        server.until(lambda: self.answer or server.health()["status"] == "BUSY", PATIENCE, "a call is under way")
 
     def run(self) -> None:
         self.answer = self.server.predict(input=self.inputs).json()
@@ -85,9 +85,9 @@ def test_a_dead_worker_is_answered_for_and_ends_the_server(how: signal.Signals, 
     with serve(tmp_path / "server", tiny_folder) as doomed:
         call = Call(doomed, SLOW)
         doomed.worker().send_signal(how)
-        answer = call.result(1)
+        answer = call.result(PATIENCE)
         assert answer["status"] == "failed" and answer["error"]
-        assert doomed.process.wait(5) != 0
+        assert doomed.process.wait(PATIENCE) != 0
         log = doomed.log.read_text()
         assert not doomed.files() and "The worker process died" in log
         assert "Loaded on" in log and log.endswith("can be restarted.\n")
@@ -102,9 +102,9 @@ def test_a_terminated_server_delivers_what_it_works_on_and_leaves_nothing(tiny_f
         assert any("watchdog" in " ".join(child.cmdline()) for child in children)
         call = Call(ending, LARGE)
         ending.process.terminate()
-        assert call.result(60)["status"] == "succeeded"
-        assert ending.process.wait(10) == 0  # also: the watchdog took it for no crash
-        psutil.wait_procs(children, 3)
+        assert call.result(PATIENCE)["status"] == "succeeded"
+        assert ending.process.wait(PATIENCE) == 0  # also: the watchdog took it for no crash
+        psutil.wait_procs(children, PATIENCE)
         assert not [child for child in children if child.is_running()]
         assert not ending.files() and not list(ending.tmp.glob("t2v-*"))
 
@@ -113,11 +113,11 @@ def test_a_server_terminated_in_a_background_prediction_leaves_nothing_either(ti
     with serve(tmp_path / "server", tiny_folder) as ending:
         children = psutil.Process(ending.process.pid).children(recursive=True)
         ending.start("lost", input=LARGE)
-        ending.until(lambda: ending.encoders(), 60, "encoding")
+        ending.until(lambda: ending.encoders(), PATIENCE, "encoding")
         children += ending.encoders()
         ending.process.terminate()
-        ending.process.wait(30)
-        psutil.wait_procs(children, 5)
+        ending.process.wait(PATIENCE)
+        psutil.wait_procs(children, PATIENCE)
         assert not [child for child in children if child.is_running()]
         assert not ending.files()
 
@@ -129,9 +129,10 @@ def test_a_server_terminated_in_a_background_prediction_leaves_nothing_either(ti
 def test_cancelling_frees_the_server_in_every_stage(server: Server, stage: str):
     stages = Stages(server)
     server.start(stage, input=STAGES[stage])
-    server.until(lambda: stages.ended(stage), 60, f"the end of {stage}")
+    server.until(lambda: stages.ended(stage), PATIENCE, f"the end of {stage}")
     server.cancel(stage)
-    server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
+    server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready again")
+    assert stage == "decode" or not stages.ended("encode")  # it was not made to the end
     assert_well(server)
 
 
@@ -142,8 +143,9 @@ def test_a_client_that_goes_away_frees_the_server_in_every_stage(server: Server,
     head = f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(head.encode() + b"\r\n\r\n" + body)
-        server.until(lambda: stages.ended(stage), 60, f"the end of {stage}")
-    server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
+        server.until(lambda: stages.ended(stage), PATIENCE, f"the end of {stage}")
+    server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready again")
+    assert stage == "decode" or not stages.ended("encode")  # it was not made to the end
     assert_well(server)
 
 
@@ -152,10 +154,10 @@ def test_a_client_that_goes_away_frees_the_server_in_every_stage(server: Server,
 
 def test_a_killed_encoder_is_a_failure_with_a_sentence(server: Server):
     call = Call(server, LARGE)
-    server.until(lambda: server.encoders(), 60, "encoding")
+    server.until(lambda: server.encoders(), PATIENCE, "encoding")
     for encoder in server.encoders():
         encoder.kill()
-    answer = call.result(60)
+    answer = call.result(PATIENCE)
     assert answer["status"] == "failed" and "VideoError: The video encoder stopped after" in answer["error"]
     assert_well(server)
 
@@ -208,11 +210,10 @@ def test_a_request_that_runs_out_of_memory_is_made_with_less_or_refused_with_a_r
             status = Path(f"/proc/{worker.pid}/status").read_text()
             return int(re.search(rf"^{which}:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
-        def predict(**inputs: Any) -> tuple[dict[str, Any], list[str]]:
-            answer = limited.predict(input=request | inputs).json()
-            return answer, re.findall("Memory plan: ([a-z]+)", answer["logs"])
+        def predict(**inputs: Any) -> dict[str, Any]:
+            return limited.predict(input=request | inputs).json()
 
-        def predict_within(most: int) -> tuple[dict[str, Any], list[str]]:
+        def predict_within(most: int) -> dict[str, Any]:
             worker.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
             answer = predict()
             worker.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -220,18 +221,18 @@ def test_a_request_that_runs_out_of_memory_is_made_with_less_or_refused_with_a_r
 
         assert_well(limited)
         resident, before = worker.memory_info().rss, address_space("VmSize")
-        assert predict(guidance_scale=1)[0]["status"] == "succeeded"
+        assert predict(guidance_scale=1)["status"] == "succeeded"
         one_row = address_space("VmPeak")
-        answer, (usual,) = predict()
-        assert answer["status"] == "succeeded", answer
+        answer = predict()
+        assert answer["status"] == "succeeded" and "Memory ran out" not in answer["logs"], answer
         two_rows = address_space("VmPeak")
         assert two_rows - one_row > 50 * 2**20
 
-        answer, plans = predict_within((one_row + two_rows) // 2)
+        answer = predict_within((one_row + two_rows) // 2)
         assert answer["status"] == "succeeded", answer
-        assert len(plans) == 2 and plans[0] == usual != plans[1]
+        assert answer["logs"].count("Memory ran out") == 1
 
-        answer, _ = predict_within(address_space("VmSize") + (one_row - before) // 3)
+        answer = predict_within(address_space("VmSize") + (one_row - before) // 3)
         assert answer["status"] == "failed" and "OutOfMemory: 64 frames of 192x192: " in answer["error"], answer
         assert_well(limited)
         assert worker.memory_info().rss - resident < 100 * 2**20
@@ -391,7 +392,7 @@ def test_a_prompt_of_ten_megabytes_is_refused_at_once(server: Server):
     started = time.monotonic()
     answer = server.predict(input=QUICK | {"prompt": "a" * 10_000_000}).json()
     assert answer["status"] == "failed" and "prompt has 10000000 characters; at most 10000" in answer["error"]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert_well(server)
 
 
@@ -419,11 +420,11 @@ def test_a_lost_device_shows_and_tracebacks_are_the_operators_alone(tiny_folder:
     )
     with serve(tmp_path / "server", tiny_folder, predictor=source) as failing:
         failing.start("hidden", input=QUICK)
-        failing.until(lambda: failing.health()["status"] == "UNHEALTHY", 30, "a lost device shows")
+        failing.until(lambda: failing.health()["status"] == "UNHEALTHY", PATIENCE, "a lost device shows")
         answer = failing.predict(input=QUICK).json()
         assert answer["status"] == "failed" and "An internal error occurred (AcceleratorError)" in answer["error"]
         assert "secret" not in json.dumps(answer)
-        failing.until(lambda: "secret /etc/path" in failing.log.read_text(), 5, "the traceback in the log")
+        failing.until(lambda: "secret /etc/path" in failing.log.read_text(), PATIENCE, "the traceback in the log")
         log = failing.log.read_text()
         assert "Traceback" in log
         assert not [

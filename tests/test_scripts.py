@@ -49,6 +49,7 @@ def train(monkeypatch: pytest.MonkeyPatch, run_folder: Path, out: Path, *more: s
     return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_writes_a_model_and_resumes_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
