@@ -20,7 +20,7 @@ from conftest import ROOT
 from t2v.media.encode import VideoInfo, read_video
 from t2v.serving.schema import write_schema
 
-PATIENCE = 300  # seconds a test waits for what comes in any case, on a machine that may be busy with other work
+PATIENCE = 180  # seconds a test waits for what comes in any case, on a machine that may be busy with other work
 
 
 class Server:
