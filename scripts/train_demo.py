@@ -36,11 +36,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_world as world
-from t2v import clip, weights
-from t2v.convert import COMPONENTS
-from t2v.sampler import Schedule
-from t2v.text import END, LENGTH, PAD, START, Text, load_tokenizer
-from t2v.unet3d import UNet3D, UNet3DConfig
+from t2v.checkpoints import folder as weights
+from t2v.checkpoints.folder import COMPONENTS
+from t2v.networks import clip
+from t2v.networks.prompt_encoder import BOS, EOS, MAX_TOKENS, PAD, PromptEncoder, load_tokenizer
+from t2v.networks.unet3d import UNet3D, UNet3DConfig
+from t2v.sampling.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 VAE_LEARNING_RATE = 2.5e-3
@@ -71,12 +72,12 @@ TEXT_CONFIG: dict[str, Any] = {
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": LENGTH,
+    "max_position_embeddings": MAX_TOKENS,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
     "projection_dim": 64,
-    "bos_token_id": START,
-    "eos_token_id": END,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
 UNET_CONFIG = {
@@ -134,7 +135,7 @@ def main() -> None:
 
     encoder = clip.CLIPText(clip.CLIPTextConfig.from_dict(TEXT_CONFIG))
     encoder.load_state_dict(CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)).state_dict())  # CLIP's own random start
-    text = Text(load_tokenizer(args.tokenizer), encoder)
+    text = PromptEncoder(load_tokenizer(args.tokenizer), encoder)
     vae = AutoencoderKL(**VAE_CONFIG).to(args.device, memory_format=torch.channels_last)
     if args.init:
         adopt(args, "vae", "vae/diffusion_pytorch_model.safetensors")
@@ -260,7 +261,7 @@ def windows(x: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor
     return torch.stack(cut_x), torch.stack(cut_mask)
 
 
-def train_text(args: argparse.Namespace, text: Text) -> None:
+def train_text(args: argparse.Namespace, text: PromptEncoder) -> None:
     """Teach every position after the sentence to carry all attributes, linearly.
 
     Cross-attention of a fresh denoiser looks at all 77 positions about evenly, and most of them are padding: what they
@@ -280,13 +281,13 @@ def train_text(args: argparse.Namespace, text: Text) -> None:
         ids = torch.stack([add_noise_words(row, generator) for row in ids]).to(args.device)
         hidden = text.encoder(ids)
         logits = head(hidden).split(sizes, dim=-1)
-        after = ((ids == END).cumsum(1) > 0).float()
+        after = ((ids == EOS).cumsum(1) > 0).float()
         loss = torch.zeros((), device=args.device)
         right = []
         for values, size, attribute in zip(logits, sizes, world.ATTRIBUTES):
             told = [getattr(c, attribute) for c in clips]
             target = torch.tensor([size - 1 if v is None else v for v in told], device=args.device)
-            each = F.cross_entropy(values.transpose(1, 2), target[:, None].expand(-1, LENGTH), reduction="none")
+            each = F.cross_entropy(values.transpose(1, 2), target[:, None].expand(-1, MAX_TOKENS), reduction="none")
             loss = loss + (each * after).sum() / after.sum()
             right.append((values[:, -1].argmax(-1) == target).float().mean())
         loss.backward()
@@ -305,13 +306,13 @@ def forget(clip: world.Clip, chance: float, generator: torch.Generator) -> world
 
 def add_noise_words(ids: Tensor, generator: torch.Generator) -> Tensor:
     """In one sentence of four, up to three random tokens at random places."""
-    words = ids[1 : int((ids == END).nonzero()[0])].tolist()
+    words = ids[1 : int((ids == EOS).nonzero()[0])].tolist()
     if int(torch.randint(4, (), generator=generator)) == 0:
         for _ in range(int(torch.randint(1, 4, (), generator=generator))):
             place = int(torch.randint(len(words) + 1, (), generator=generator))
-            words.insert(place, int(torch.randint(1, START, (), generator=generator)))
+            words.insert(place, int(torch.randint(1, BOS, (), generator=generator)))
     row = torch.full_like(ids, PAD)
-    row[: len(words) + 2] = torch.tensor([START, *words, END])
+    row[: len(words) + 2] = torch.tensor([BOS, *words, EOS])
     return row
 
 
@@ -341,7 +342,9 @@ def encode_clips(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, 
     return latents * scale, stored["masks"].float(), [world.Clip(*c) for c in stored["clips"]], scale
 
 
-def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Tensor, clips: list[world.Clip]) -> UNet3D:
+def train_unet(
+    args: argparse.Namespace, text: PromptEncoder, latents: Tensor, masks: Tensor, clips: list[world.Clip]
+) -> UNet3D:
     """Train the denoiser on velocity (Salimans and Ho, arXiv 2202.00512); returns the moving average of its weights.
 
     With a signal-to-noise ratio that ends at zero, the first steps of sampling see nothing but the text, and they
@@ -408,7 +411,7 @@ def train_unet(args: argparse.Namespace, text: Text, latents: Tensor, masks: Ten
 
 def draw(
     args: argparse.Namespace,
-    text: Text,
+    text: PromptEncoder,
     latents: Tensor,
     masks: Tensor,
     clips: list[world.Clip],
@@ -440,7 +443,7 @@ def draw(
     return torch.stack(x).to(args.device), torch.stack(mask).to(args.device), context
 
 
-def export(args: argparse.Namespace, text: Text, vae: AutoencoderKL, scale: float, unet: UNet3D) -> None:
+def export(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL, scale: float, unet: UNet3D) -> None:
     """Write the diffusers folder layout, weights in float16."""
     out = args.out
 

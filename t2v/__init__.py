@@ -1,34 +1,29 @@
 """Text to video: a prompt becomes the frames of a short video.
 
-request      what the caller asked for, in the caller's units, already valid
-job          a request resolved against a model: every decision, before the work
-engine       the story: prepare(request) -> job, run(job) -> frames
-model        one loaded model
-budget       how much memory a pass takes, which plan fits, one more attempt when memory runs out
-device       which device and dtype, how CPU and GPU differ, free memory, health
-errors       what can go wrong, in sentences for the caller
-cli          the command line
-resources    where the demo model and other files of the package are
-media        files of video <-> frames
-checkpoints  model folders on disk
-serving      what the HTTP server needs besides the engine
-text         prompt -> context; clip: the network for it
-unet3d       noisy latents, timestep, context -> the network's prediction
-timeline     long videos and loops as overlapping windows
-sampler      schedules, solvers, guidance, the denoising loop; distilled: recipes of few-step models; noise: from a seed
-denoiser     one step: the network, guidance, windows
-vae          latents -> uint8 frames, in chunks, and back; autoencoder: the network for it
-convolution  convolution algorithms of the denoiser and the autoencoder
-recording    a function of tensors, recorded as a CUDA graph, or as a trace (trace)
-networks     from a config to an empty network; config: what they have in common
-lora         low-rank adaptations and few-step models, merged into the denoiser
-convert      other people's weights -> a model's folder
-pickles      their files, read without executing anything
-weights      finds and loads a model's folder
+The story, from the top:
 
-tests/test_architecture.py says which module may import which.
+request    what was asked for, in the caller's units, valid in itself
+job        a request resolved against a model: everything that is decided before the work
+engine     prepare(request) -> job, run(job) -> frames; generate is both
+model      one loaded model: networks, schedule, LoRA, recordings
+budget     how much memory a pass takes, which plan fits, one more attempt when memory runs out
+device     which device and dtype, how a CPU and a GPU differ, free memory, health
+cli        the command line: t2v generate | serve | weights
+resources  where the demo model and other files of the package are
+errors     what can go wrong, in sentences for the caller
+
+The trades, each in its wing:
+
+networks/     tensors only: prompt encoder, denoiser, autoencoder
+sampling/     mathematics only: schedules, solvers, guidance, windows, recordings
+checkpoints/  files only: a model's folder, checked, loaded, written, converted, downloaded; LoRAs
+media/        video files <-> uint8 frames, no torch: encode, decode
+serving/      for the HTTP server, no torch: worker, report, watchdog, schema
+
+tests/test_architecture.py holds who may import whom.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from t2v.errors import InvalidRequest, OutOfMemory, T2VError, VideoError, WeightsError
@@ -42,9 +37,7 @@ __all__ = ["Engine", "InvalidRequest", "OutOfMemory", "Request", "T2VError", "Vi
 
 
 def __getattr__(name: str) -> Any:
-    """Load `Engine` on first use: it takes torch with it, which a command line's help should not wait for."""
+    """`Engine` is imported when it is asked for: torch takes a second."""
     if name == "Engine":
-        from t2v.engine import Engine
-
-        return Engine
+        return import_module("t2v.engine").Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

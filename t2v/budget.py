@@ -42,7 +42,7 @@ def denoising_bytes(model: Model, pass_: Pass, plan: MemoryPlan) -> float:
     """Bytes that a step of the denoiser takes."""
     rows = min(pass_.num_guidance_rows, plan.guidance_rows_at_once)
     batch, channels, _, h, w = pass_.latent_shape
-    return MARGIN * model.unet.workspace(rows, (batch, channels, pass_.timeline.window_size, h, w))
+    return MARGIN * model.unet.peak_bytes(rows, (batch, channels, pass_.timeline.window_size, h, w))
 
 
 def decoding_bytes(model: Model, pass_: Pass, plan: MemoryPlan) -> float:

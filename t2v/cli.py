@@ -166,13 +166,14 @@ def download(
     An interrupted download continues where it stopped; its files wait in FOLDER.partial. HF_ENDPOINT names another
     server than huggingface.co, HF_TOKEN a token.
     """
-    from t2v.checkpoints.download import download, read_manifest
+    from t2v.checkpoints.download import download
+    from t2v.checkpoints.folder import read_json
 
     shipped = MANIFESTS / f"{model}.json"
     manifest = shipped if shipped.is_file() else Path(model)
     folder = folder or Path("weights") / manifest.stem
     try:
-        download(read_manifest(manifest), folder.resolve(), source)
+        download(read_json(manifest), folder.resolve(), source)
     except OSError as error:
         raise T2VError(str(error)) from error
     if model == "original":
@@ -193,7 +194,7 @@ def convert(
     """
     import torch
 
-    from t2v.convert import convert
+    from t2v.checkpoints.convert import convert
 
     started = time.perf_counter()
     convert(source, out, getattr(torch, dtype))
@@ -203,7 +204,7 @@ def convert(
 @weights_app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="Model folder.")]) -> None:
     """Compare a model folder with its manifest, byte for byte."""
-    from t2v.weights import MANIFEST, check
+    from t2v.checkpoints.folder import MANIFEST, check
 
     check(folder, verify=True)
     if (folder / MANIFEST).is_file():

@@ -15,10 +15,10 @@ from t2v import budget
 from t2v.budget import DEFAULT, MemoryPlan
 from t2v.job import Job, Pass, resolve
 from t2v.model import Model
+from t2v.networks.prompt_encoder import PromptEncoder
+from t2v.networks.unet3d import UNet3D
+from t2v.networks.vae import VAE
 from t2v.request import Request
-from t2v.text import Text
-from t2v.unet3d import UNet3D
-from t2v.vae import VAE
 
 OnProgress = Callable[[str, int, int], None]
 OnPreview = Callable[[int, int, Callable[[], np.ndarray]], None]
@@ -61,7 +61,7 @@ class Engine:
             device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
             verify: read every file again and compare it with the manifest, whatever was found before.
-            lora: "path[:scale]" of a LoRA to add to the denoiser; see `t2v.lora` for the formats.
+            lora: "path[:scale]" of a LoRA to add to the denoiser; see `t2v.checkpoints.lora` for the formats.
             compile: run the denoiser through torch.compile. The first request of each shape then takes minutes, less
                 where TORCHINDUCTOR_CACHE_DIR holds what an earlier start compiled.
             upscaler: folder of another model for second passes, loaded in the same way but without the LoRA.
@@ -226,7 +226,7 @@ class Engine:
         return self.model.device
 
     @property
-    def text(self) -> Text:
+    def text(self) -> PromptEncoder:
         return self.model.text
 
     @property

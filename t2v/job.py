@@ -7,19 +7,17 @@ distilled models, sizes, windows, prompts and the amount of work are in this fil
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from t2v.distilled import DistilledSampling
 from t2v.errors import InvalidRequest
 from t2v.request import Request
-from t2v.timeline import Timeline
+from t2v.sampling.distilled import DistilledSampling, Solver
+from t2v.sampling.timeline import Timeline
 
 MAX_WORK = 2**34  # frames x pixels x steps of a request: 256 frames of 256x256 in 500 steps, in windows, just fit
 DEFAULT_STRENGTH = 0.6  # of a video made from init_video, unless the request says otherwise, and of a second pass
 FAST_STEPS = 20  # of preset fast; the solver's authors recommend 15 to 20 for guided sampling (arXiv 2211.01095)
 MAX_FRAMES_AT_ONCE = 128  # frames that are denoised together unless the request gives a window
-
-Solver = Literal["dpm++", "ddim", "unipc", "lcm"]
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2v import weights
-from t2v.denoiser import Denoiser, Function, GuidedNetwork
+from t2v.checkpoints.folder import check, read_json
+from t2v.checkpoints.loading import load_networks
+from t2v.checkpoints.lora import MergedLora, parse, read
 from t2v.device import DeviceProfile, select_device, select_dtype
 from t2v.errors import WeightsError
 from t2v.job import ModelInfo, Pass
-from t2v.lora import MergedLora, parse, read
-from t2v.noise import noise_stream
-from t2v.recording import LaunchThrottle, RecordedFunction
-from t2v.sampler import OnStep, Schedule, denoise
-from t2v.text import Text, load_tokenizer
-from t2v.unet3d import UNet3D
-from t2v.vae import VAE
+from t2v.networks.prompt_encoder import PromptEncoder, load_tokenizer
+from t2v.networks.unet3d import UNet3D
+from t2v.networks.vae import VAE
+from t2v.sampling.denoiser import Denoiser, Function, GuidedNetwork
+from t2v.sampling.distilled import RECIPES
+from t2v.sampling.noise import noise_stream
+from t2v.sampling.recording import LaunchThrottle, RecordedFunction
+from t2v.sampling.schedule import Schedule
+from t2v.sampling.solvers import OnStep, sample, solver_steps
 
 LARGE_UNET_PARAMETERS = 10**8  # from here on a step on a CPU takes longer than recording it is worth
 
@@ -32,7 +35,7 @@ class Model:
 
     def __init__(
         self,
-        text: Text,
+        text: PromptEncoder,
         unet: UNet3D,
         vae: VAE,
         schedule: Schedule,
@@ -47,7 +50,7 @@ class Model:
         self.info = info
         self.lora = lora
         self.profile = DeviceProfile.of(self.device)
-        self.network = torch.compile(unet.run, dynamic=False) if compile else unet.run
+        self.network = torch.compile(unet.forward_projected, dynamic=False) if compile else unet.forward_projected
         guided = GuidedNetwork(self.network)
         self.step = RecordedFunction(guided.step, min_calls=self.profile.min_calls_to_record)
         self.predict = RecordedFunction(guided.predict, min_calls=self.profile.min_calls_to_record)
@@ -71,11 +74,11 @@ class Model:
         folder = Path(folder)
         on = select_device(device)
         precision = select_dtype(dtype, on)
-        weights.check(folder, verify)
-        networks = weights.load_networks(folder, on, precision)
+        check(folder, verify)
+        networks = load_networks(folder, on, precision)
         unet: UNet3D = networks["unet"]
         profile = DeviceProfile.of(on)
-        text = Text(load_tokenizer(folder / "tokenizer"), networks["text_encoder"])
+        text = PromptEncoder(load_tokenizer(folder / "tokenizer"), networks["text_encoder"])
         vae = VAE(networks["vae"], profile.chunk_pixels, profile.is_asynchronous)
         text_width = text.encoder.config.hidden_size
         if unet.config.in_channels != vae.channels or unet.config.cross_attention_dim != text_width:
@@ -84,7 +87,7 @@ class Model:
         if lora:
             path, scale = parse(lora)
             merged = MergedLora(unet, read(path, unet), scale)
-        schedule = Schedule.from_config(weights.read_json(folder / "scheduler" / "scheduler_config.json"))
+        schedule = Schedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
         return cls(text, unet, vae, schedule, _info(folder, vae, merged), merged, compile)
 
     @property
@@ -98,14 +101,14 @@ class Model:
         Args:
             negative_prompt: the text of row 0 with guidance, "" for the empty prompt; None for one row without.
         """
-        text_kv = self.unet.condition(self.text.encode(list(prompts)))[:, None]
+        text_kv = self.unet.project_text(self.text.encode(list(prompts)))[:, None]
         if negative_prompt is None:
             return text_kv
         if negative_prompt:
-            unconditional = self.unet.condition(self.text.encode([negative_prompt]))
+            unconditional = self.unet.project_text(self.text.encode([negative_prompt]))
         else:
             if self._empty_prompt_kv is None:
-                self._empty_prompt_kv = self.unet.condition(self.text.encode([""]))
+                self._empty_prompt_kv = self.unet.project_text(self.text.encode([""]))
             unconditional = self._empty_prompt_kv
         return torch.cat([unconditional.expand(len(text_kv), 1, -1, -1), text_kv], dim=1)
 
@@ -131,14 +134,14 @@ class Model:
             on_step: called with (steps done, steps in total, x_0 as it is predicted then) after each step.
         """
         sampling = pass_.sampling
-        steps = self.schedule.steps(sampling.solver, sampling.num_steps, pass_.first_step, sampling.distilled)
+        steps = solver_steps(self.schedule, sampling.solver, sampling.num_steps, pass_.first_step, sampling.distilled)
         is_asynchronous = self.profile.is_asynchronous
         noise = noise_stream(pass_.timeline, pass_.latent_shape, pass_.seed, self.device, is_asynchronous)
         x = next(noise)
         if x_0 is not None and pass_.first_step:
-            x = self.schedule.noised(x_0, x, steps[0].t)
+            x = self.schedule.add_noise(x_0, x, steps[0].t)
         timesteps = torch.tensor([step.t for step in steps], device=self.device)
-        terms = self.unet.moments(timesteps, sampling.embedded_guidance)
+        terms = self.unet.project_timesteps(timesteps, sampling.embedded_guidance)
         predict, step = self._step_functions(guidance_rows_at_once)
         denoiser = Denoiser(predict, step, text_kv, terms, sampling.guidance_scale, steps, pass_.timeline, noise)
         self.step.upcoming_calls = self.predict.upcoming_calls = denoiser.num_network_calls
@@ -148,7 +151,7 @@ class Model:
             throttle.step_issued()
             on_step(done, total, x_0)
 
-        return denoise(denoiser, x, len(steps), on_step_issued)
+        return sample(denoiser, x, len(steps), on_step_issued)
 
     def _step_functions(self, guidance_rows_at_once: int) -> tuple[Function, Function]:
         """`predict` and `step` of `GuidedNetwork`: recorded where both guidance rows are computed together."""
@@ -174,8 +177,8 @@ class Model:
 
 
 def _info(folder: Path, vae: VAE, merged: MergedLora | None) -> ModelInfo:
-    index = weights.read_json(folder / "model_index.json")
-    sample_size = weights.read_json(folder / "unet" / "config.json").get("sample_size")
+    index = read_json(folder / "model_index.json")
+    sample_size = read_json(folder / "unet" / "config.json").get("sample_size")
     if isinstance(sample_size, int):
         sample_size = (sample_size, sample_size)
     if not (isinstance(sample_size, list | tuple) and len(sample_size) == 2):
@@ -190,5 +193,5 @@ def _info(folder: Path, vae: VAE, merged: MergedLora | None) -> ModelInfo:
         latent_channels=vae.channels,
         scale_factor=vae.scale_factor,
         lora=f"{merged.lora.name}:{merged.scale:g}" if merged else None,
-        distilled=merged.lora.distilled if merged else None,
+        distilled=RECIPES.get(merged.lora.family or "") if merged else None,
     )

@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from random_weights import SCHEDULER as MS_SCHEDULER
+from published import SCHEDULER as MS_SCHEDULER
 from t2v.engine import Engine
 from t2v.job import Pass
-from t2v.noise import noise_stream
 from t2v.request import Request
+from t2v.sampling.noise import noise_stream
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "weights" / "demo"

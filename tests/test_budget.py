@@ -9,8 +9,8 @@ from t2v import budget, device
 from t2v.budget import DEFAULT, LOW_MEMORY, choose_plan, retry
 from t2v.engine import Engine
 from t2v.errors import OutOfMemory
+from t2v.networks.unet3d import UNet3D, UNet3DConfig
 from t2v.request import Request
-from t2v.unet3d import UNet3D, UNet3DConfig
 
 
 def set_free(monkeypatch: pytest.MonkeyPatch, free: float | None) -> None:

@@ -18,10 +18,11 @@ import yaml
 from PIL import Image
 
 import t2v
-from conftest import DEMO, ROOT
+from conftest import ROOT
 from t2v.cli import MALLOC
 from t2v.media.encode import VideoInfo, read_metadata, read_video
 from t2v.request import INPUTS
+from t2v.resources import DEMO, MANIFESTS, PREDICTOR
 
 QUICK = ["--num-frames", "2", "--num-inference-steps", "2", "--seed", "0"]
 
@@ -172,6 +173,13 @@ def test_the_version_is_stated_once():
         and project["tool"]["hatch"]["version"]["path"] == "t2v/__init__.py"
     )
     assert run("version").stdout.strip() == t2v.__version__
+
+
+def test_an_installed_package_contains_the_files_that_it_looks_for():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for path in (DEMO, MANIFESTS, PREDICTOR):
+        name = path.relative_to(ROOT).as_posix()
+        assert path.exists() and build["force-include"][name] == f"t2v/_files/{name}"
 
 
 def test_the_pinned_packages_are_within_the_ranges_of_the_package():

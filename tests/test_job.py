@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from t2v.distilled import MCM, TURBO
 from t2v.errors import InvalidRequest
 from t2v.job import DEFAULT_STRENGTH, FAST_STEPS, Job, ModelInfo, resolve
 from t2v.request import Request
+from t2v.sampling.distilled import MCM, TURBO
 
 MODEL = ModelInfo("model")
 WITH_MCM = dataclasses.replace(MODEL, lora="mcm:1", distilled=MCM)

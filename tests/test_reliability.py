@@ -332,7 +332,7 @@ def header_bomb(folder: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [absent, truncated, flipped, not_a_number, wrong_shape, pickled, header_bomb])
 def test_bad_weights_fail_setup_in_one_line(spoil, tiny_folder: Path, tmp_path: Path):
-    from t2v import weights
+    from t2v.checkpoints import folder as weights
 
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "ms"))
     if spoil is flipped:
@@ -416,7 +416,7 @@ def test_a_prediction_reports_its_stages_and_its_output(server: Server):
 def test_a_lost_device_shows_and_tracebacks_are_the_operators_alone(tiny_folder: Path, tmp_path: Path):
     source = (ROOT / "predict.py").read_text() + (
         "\n\ndef _fail(*_, **__):\n    raise torch.AcceleratorError('CUDA error: secret /etc/path at 0x7fff')\n\n\n"
-        "Engine.denoised = torch.ones = _fail\nEngine.warm_up = lambda self: None\n"
+        "Engine.denoise = torch.ones = _fail\nEngine.warm_up = lambda self: None\n"
     )
     with serve(tmp_path / "server", tiny_folder, predictor=source) as failing:
         failing.start("hidden", input=QUICK)

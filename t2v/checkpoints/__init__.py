@@ -1,4 +1,1 @@
-"""Model folders on disk.
-
-download  fetches a model folder, or repairs one
-"""
+"""Files only: a model's folder, checked, loaded, written, converted and downloaded; LoRAs."""

@@ -16,16 +16,11 @@ from typing import Any
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from t2v import weights
+from t2v.checkpoints.folder import check, compare, summary, write_manifest
 from t2v.errors import WeightsError
 
 WORKERS = 4
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises WeightsError if the file is missing or no JSON."""
-    return weights.read_json(path)
 
 
 def download(manifest: dict[str, Any], folder: Path, source: Path | None = None) -> None:
@@ -40,7 +35,7 @@ def download(manifest: dict[str, Any], folder: Path, source: Path | None = None)
     needed = [
         name
         for name, expected in manifest["files"].items()
-        if not (folder / name).is_file() or ("bytes" in expected and weights.compare(folder, {name: expected}))
+        if not (folder / name).is_file() or ("bytes" in expected and compare(folder, {name: expected}))
     ]
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -58,26 +53,26 @@ def download(manifest: dict[str, Any], folder: Path, source: Path | None = None)
             futures += [pool.submit(fetch, manifest, name, partial, source) for name in needed[1:]]
     wrong = [str(error) for future in futures if (error := future.exception())]
     if wrong:
-        raise WeightsError(f"{weights.some(wrong)}. The fetched files wait in {partial}; run this again to continue.")
+        raise WeightsError(f"{summary(wrong)}. The fetched files wait in {partial}; run this again to continue.")
     for name in needed:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, folder / name)
     shutil.rmtree(partial)
     if (folder / "model_index.json").is_file():
-        weights.write_manifest(folder, f"t2v weights download {folder}")
-        weights.check(folder)
+        write_manifest(folder, f"t2v weights download {folder}")
+        check(folder)
 
 
 def fetch(manifest: dict[str, Any], name: str, partial: Path, source: Path | None) -> None:
     """Fetch one file into the folder of partial downloads and check it."""
     expected = manifest["files"][name]
     path = partial / name
-    if not (path.is_file() and "sha256" in expected and not weights.compare(partial, {name: expected})):
+    if not (path.is_file() and "sha256" in expected and not compare(partial, {name: expected})):
         try:
             expected = expected | (copy(source, name, path) if source else pull(manifest, name, partial))
         except OSError as error:
             raise WeightsError(f"{name} could not be written: {error.strerror}") from error
-    problems = weights.compare(partial, {name: {"bytes": path.stat().st_size} | expected})
+    problems = compare(partial, {name: {"bytes": path.stat().st_size} | expected})
     if problems:
         path.unlink(missing_ok=True)
         raise WeightsError(problems[0])

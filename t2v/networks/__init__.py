@@ -1,0 +1,1 @@
+"""Tensors only: the three networks, from their configs to their outputs."""

@@ -1,0 +1,1 @@
+"""Mathematics only: schedules, solvers, guidance and windows. Takes callables, never a model."""

@@ -1,0 +1,46 @@
+"""Models distilled to few steps: how each one is sampled. Plain data, no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Solver = Literal["dpm++", "ddim", "unipc", "lcm"]
+
+
+@dataclass(frozen=True)
+class GuidanceRange:
+    """Guidance scales that a distilled network accepts as an input."""
+
+    minimum: float
+    default: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class DistilledSampling:
+    """How a latent consistency model is sampled (Luo et al., arXiv 2310.04378).
+
+    Guidance was distilled into the network, so every step computes one row.
+
+    Attributes:
+        name: name of the model.
+        timestep_scaling: scale of the timestep in the boundary condition.
+        evenly_strided: True takes every (50 // n)-th training timestep and keeps the first n of them; False spreads n
+            timesteps evenly over all 50.
+        embedded_guidance: range of the guidance scale that the network takes as an input; None if it takes none.
+        default_steps: number of steps when the request asks for more than `max_steps`.
+        max_steps: largest number of steps.
+    """
+
+    name: str
+    timestep_scaling: float
+    evenly_strided: bool
+    embedded_guidance: GuidanceRange | None
+    default_steps: int = 4
+    max_steps: int = 8
+
+
+TURBO = DistilledSampling(
+    "T2V-Turbo-MS", timestep_scaling=10, evenly_strided=True, embedded_guidance=GuidanceRange(2, 7.5, 14)
+)
+MCM = DistilledSampling("MCM", timestep_scaling=4, evenly_strided=False, embedded_guidance=None)
+RECIPES = {recipe.name: recipe for recipe in (TURBO, MCM)}
