@@ -50,7 +50,7 @@ def test_playing_backwards_is_the_reversed_motion():
 
 def test_weights_are_small_and_of_the_full_topology(demo: Engine):
     assert sum(f.stat().st_size for f in DEMO.rglob("*.safetensors")) < 30e6
-    assert demo.native_size == (64, 64) and demo.name == "t2v-demo" and demo.about
+    assert demo.model.info.native_size == (64, 64) and demo.name == "t2v-demo" and demo.model.info.about
     names = {type(m).__name__ for m in demo.unet.modules()}
     assert {"SpatialTransformer", "TemporalTransformer", "TemporalConvs", "ResBlock", "Upsample"} <= names
 
