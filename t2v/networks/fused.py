@@ -1,6 +1,6 @@
 """What the networks do between matrix products and convolutions, in one pass over memory where there is a GPU.
 
-Each function is written in torch, which is the reference, and calls a Triton kernel of `t2v.networks.triton_kernels` instead
+Each function is written in torch, which is the reference, and calls a kernel of `t2v.networks.triton_kernels` instead
 where one runs: on CUDA, in half precision, without gradients, where Triton works. Elsewhere Triton is not imported.
 """
 
