@@ -19,7 +19,6 @@ import requests
 from t2v.media.encode import VideoInfo, read_video
 from t2v.serving.schema import write_schema
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 BUSY_FOR = 30  # seconds a test waits for the slot to be free

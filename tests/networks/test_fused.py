@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY_UNET, reference_unet
-from t2v.networks import fused
 from t2v.engine import Engine
+from t2v.networks import fused
 from t2v.networks.unet3d import UNet3D, UNet3DConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
