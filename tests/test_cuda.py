@@ -49,7 +49,7 @@ def cuda() -> Engine:
 @pytest.mark.parametrize("frames, side", [(16, 8), (5, 12), (1, 4)])
 def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: Engine, frames: int, side: int):
     """Each is as far from float32 as the other, and each kernel alone as far as all of them."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, which a torch for CUDA brings")
     latents, context = torch.randn(1, 4, frames, side, side), cpu.text.encode(["", "a red circle"])
     expected = cpu.unet(latents, 500, context)
     inputs = latents.to(CUDA, torch.float16), 500, context.to(CUDA, torch.float16)
@@ -64,7 +64,7 @@ def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: En
 
 @torch.inference_mode()
 def test_the_autoencoder_with_kernels_is_the_autoencoder_without(cpu: Engine, cuda: Engine):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, which a torch for CUDA brings")
     for function, x in (("decode", torch.randn(3, 4, 8, 6)), ("encode", torch.rand(3, 3, 64, 48) * 2 - 1)):
         expected = getattr(cpu.vae.autoencoder, function)(x)
         network = getattr(cuda.vae.autoencoder, function)
