@@ -1,7 +1,7 @@
-"""What the networks do between matrix products and convolutions, in one pass over memory where there is a GPU.
+"""What the networks compute between matrix products and convolutions; on a GPU in one pass over memory.
 
-Each function is written in torch, which is the reference, and calls a kernel of `t2v.networks.triton_kernels` instead
-where one runs: on CUDA, in half precision, without gradients, where Triton works. Elsewhere Triton is not imported.
+Each function is written in torch, which is the reference. On CUDA, in half precision, without gradients and where
+Triton works, it calls a Triton kernel of `t2v.networks.triton_kernels` instead. Elsewhere Triton is not imported.
 """
 
 import functools

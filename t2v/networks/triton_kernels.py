@@ -1,8 +1,8 @@
-"""What torch does on a GPU in several passes over memory, in one, as Triton kernels.
+"""Triton kernels that do in one pass over memory what torch does on a GPU in several.
 
-Group norm with SiLU, the bias before it and the timestep's term in it; layer norm with the residual sum before it;
-attention within short sequences; the gated linear unit; sums with a residual and a bias. `t2v.fused` says where each
-is used, and in what of torch's it is written otherwise.
+They are: group norm, with the bias and the timestep's term before it and SiLU after it; layer norm, with the residual
+sum before it; attention within short sequences; the gated linear unit; sums with a residual and a bias.
+`t2v.networks.fused` says where each is used, and computes the same in torch.
 
 Matrices are rows of channels, contiguous; a map whose channels are last in memory is such a matrix. All arithmetic is
 in float32, whatever the dtype. Every shape runs through the same few compiled kernels: what varies is an argument, and
