@@ -180,7 +180,7 @@ class Predictor(BasePredictor):
         """
         init_video = inputs.pop("init_video")
         request = Request(**inputs)
-        if not isinstance(init_video, FilePath | None):  # Cog passes on as text what it cannot download
+        if not isinstance(init_video, FilePath | None):  # Cog passes a text if it cannot download the file
             raise InvalidRequest("init_video must be an http, https or data URL, or an uploaded file.")
         self.remove_old_files(init_video)
         return request, init_video

@@ -9,7 +9,7 @@ model      one loaded model: networks, schedule, LoRA, recordings
 budget     how much memory a pass takes, which plan fits, one more attempt when memory runs out
 device     which device and dtype, how a CPU and a GPU differ, free memory, health
 cli        the command line: t2v generate | serve | weights
-resources  where the demo model and other files of the package are
+resources  paths of the demo model and other files of the package
 errors     what can go wrong, in sentences for the caller
 
 The trades, each in its wing:
@@ -20,7 +20,7 @@ checkpoints/  files only: a model's folder, checked, loaded, written, converted,
 media/        video files <-> uint8 frames, no torch: encode, decode
 serving/      for the HTTP server, no torch: worker, report, watchdog, schema
 
-tests/test_architecture.py holds who may import whom.
+tests/test_architecture.py checks who may import whom; docs/architecture.md is the map in detail.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ __all__ = ["Engine", "InvalidRequest", "OutOfMemory", "Request", "T2VError", "Vi
 
 
 def __getattr__(name: str) -> Any:
-    """`Engine` is imported when it is asked for: torch takes a second."""
+    """Import `Engine` on first use, because importing torch takes a second."""
     if name == "Engine":
         return import_module("t2v.engine").Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

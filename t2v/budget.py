@@ -1,4 +1,4 @@
-"""Memory: how much a pass takes, which plan fits, and one more attempt where it ran out all the same."""
+"""Memory: how much a pass takes, which plan fits, and one more attempt if memory runs out in spite of the plan."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from t2v.model import Model
 S = TypeVar("S")
 R = TypeVar("R")
 
-MARGIN = 1.1  # of the estimated memory, for what the libraries take themselves
+MARGIN = 1.1  # factor on the estimate, for the libraries' own allocations
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ class MemoryPlan:
     """How a pass is fitted into memory.
 
     Attributes:
-        guidance_rows_at_once: rows of the guided pair that the denoiser computes together.
-        chunk_pixels: pixels that the autoencoder computes at once, at most, but one frame at least.
+        guidance_rows_at_once: number of rows of the guided pair that the denoiser computes together.
+        chunk_pixels: maximum number of pixels that the autoencoder computes together. It computes at least one frame.
     """
 
     guidance_rows_at_once: int
@@ -39,22 +39,22 @@ DEFAULT, LOW_MEMORY = MemoryPlan(2, 2**19), MemoryPlan(1, 2**16)
 
 
 def denoising_bytes(model: Model, pass_: Pass, plan: MemoryPlan) -> float:
-    """Bytes that a step of the denoiser takes."""
+    """Bytes that a denoising step takes at its peak."""
     rows = min(pass_.num_guidance_rows, plan.guidance_rows_at_once)
     batch, channels, _, h, w = pass_.latent_shape
     return MARGIN * model.unet.peak_bytes(rows, (batch, channels, pass_.timeline.window_size, h, w))
 
 
 def decoding_bytes(model: Model, pass_: Pass, plan: MemoryPlan) -> float:
-    """Bytes that decoding a chunk takes."""
+    """Bytes that decoding a chunk takes at its peak."""
     frames = min(pass_.num_frames, model.vae.frames_per_chunk(*pass_.size, plan.chunk_pixels))
     return MARGIN * model.vae.peak_bytes(frames, *pass_.size)
 
 
 def fits(model: Model, pass_: Pass, plan: MemoryPlan, free: int | None) -> bool:
-    """Whether the pass fits into this number of free bytes; True where the number is unknown."""
+    """Whether the pass fits into this number of free bytes; True if the number is unknown."""
     denoising, decoding = denoising_bytes(model, pass_, plan), decoding_bytes(model, pass_, plan)
-    # A CUDA graph keeps what it ran in. The low-memory plan runs without recordings.
+    # A CUDA graph keeps the memory that it ran in. The low-memory plan runs without recordings.
     both = model.profile.recordings_hold_memory and plan == DEFAULT
     return free is None or (denoising + decoding if both else max(denoising, decoding)) <= free
 
@@ -62,10 +62,10 @@ def fits(model: Model, pass_: Pass, plan: MemoryPlan, free: int | None) -> bool:
 def check(job: Job, models: Iterable[Model]) -> None:
     """Make sure that every pass fits into the free memory with one of the plans.
 
-    Recordings stay: a trace holds little, and what a CUDA graph holds already counts as free.
+    Recordings are kept: a trace holds little memory, and the memory of a CUDA graph counts as free.
 
     Args:
-        models: the one of each pass.
+        models: the model of each pass.
 
     Raises:
         OutOfMemory: the message says how many frames would fit.
@@ -73,7 +73,7 @@ def check(job: Job, models: Iterable[Model]) -> None:
     for i, (pass_, model) in enumerate(zip(job.passes, models)):
         if fits(model, pass_, LOW_MEMORY, free_memory(model.device)):
             continue
-        release_memory(model.device)  # what nothing uses any more
+        release_memory(model.device)  # memory that is no longer in use
         free = free_memory(model.device)
         if free is None or fits(model, pass_, LOW_MEMORY, free):
             continue
@@ -100,27 +100,27 @@ def choose_plan(model: Model, pass_: Pass) -> MemoryPlan:
 
 
 def plans(model: Model, first: MemoryPlan) -> list[MemoryPlan]:
-    """The plans to try, one after the other. If recordings hold memory, the first plan is worth a second attempt."""
+    """The plans to try in turn. If recordings hold memory, the first plan is tried again after they are dropped."""
     held = model.profile.recordings_hold_memory and model.has_recordings
     return [first] * (2 if held else 1) + [LOW_MEMORY] * (first == DEFAULT)
 
 
 def release(*models: Model) -> None:
-    """Give back all memory that no request needs."""
+    """Return all memory that no request needs."""
     for model in models:
         model.drop_recordings()
         release_memory(model.device)
 
 
 def retry(attempt: Callable[[S], R], settings: Iterable[S], release: Callable[[], None], advice: str) -> R:
-    """The result of `attempt` with the first of the settings for which memory suffices.
+    """Call `attempt` with the settings in turn until memory suffices; returns its result.
 
     Args:
-        release: gives back memory after an attempt for which it did not suffice.
-        advice: sentence for the caller if it suffices for none.
+        release: returns memory after an attempt that ran out of it.
+        advice: message of the error if memory suffices for no setting.
 
     Raises:
-        OutOfMemory: memory ran out with each of them.
+        OutOfMemory: memory ran out with every setting.
     """
     for setting in settings:
         try:
@@ -129,5 +129,5 @@ def retry(attempt: Callable[[S], R], settings: Iterable[S], release: Callable[[]
             if not is_out_of_memory(error):
                 raise
             log.warning("Memory ran out (%s): %s", setting, str(error).split("\n", 1)[0])
-        release()  # here, where the error no longer holds on to tensors
+        release()  # outside the handler, where the error no longer refers to tensors
     raise OutOfMemory(advice)

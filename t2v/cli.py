@@ -67,7 +67,7 @@ def generate(
     **inputs: Any,
 ) -> None:
     """Make a video and print its path."""
-    request = Request(**inputs)  # refused, if it is, before the seconds that torch takes to load
+    request = Request(**inputs)  # an invalid request is refused before torch is loaded, which takes seconds
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60] or "video"
     path = out or Path("outputs") / f"{slug}-{request.seed}.{request.output_format}"
     if path.suffix != f".{request.output_format}":
@@ -186,7 +186,7 @@ def download(
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder with configuration.json, or with model_index.json.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the written weights.")] = "float16",
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="dtype of the written weights.")] = "float16",
 ) -> None:
     """Convert weights to a folder that t2v and diffusers load.
 

@@ -1,4 +1,4 @@
-"""The device: which one, in which dtype, what differs between a CPU and a GPU, its memory and its health."""
+"""Device and dtype, the differences between a CPU and a GPU, memory and health."""
 
 import contextlib
 import ctypes
@@ -14,26 +14,27 @@ from t2v.errors import WeightsError, is_out_of_memory
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")  # exists wherever a container was given a GPU
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# The limits that a container may set (kernel cgroups, version 2 and 1): limit, use, and the part of it that the kernel
-# can take back.
+# Memory limits of a container (cgroups, version 2 and 1): the file of the limit, the file of the use, and the file and
+# key of the part of the use that the kernel can reclaim.
 CGROUPS_ROOT = Path("/sys/fs/cgroup")
 CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-# Bytes that malloc may keep of what was freed, as MALLOC_TRIM_THRESHOLD_ in cog.yaml allows it.
+# Freed bytes that malloc may keep: MALLOC_TRIM_THRESHOLD_ in cog.yaml.
 MALLOC_RESERVE = 2**28
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a CPU and a GPU do differently. Kernels alone choose for themselves, by the tensors they are given.
+    """The differences between a CPU and a GPU. Only kernels decide for themselves, by the device of their tensors.
 
     Attributes:
         is_asynchronous: whether the host enqueues work and runs ahead of the device.
-        chunk_pixels: pixels that the autoencoder decodes at once, at most. 2^19 are eight frames of 256x256; the
-            largest activation then takes 270 MB in float16. A CPU is fastest where most activations stay below 32 MB.
-        min_calls_to_record: calls of one shape from which on recording them pays. A trace takes half a second.
+        chunk_pixels: maximum number of pixels that the autoencoder decodes together. 2^19 are eight frames of 256x256;
+            the largest activation then takes 270 MB in float16. A CPU is fastest if most activations stay below 32 MB.
+        min_calls_to_record: number of calls with one shape from which a recording pays off. A trace takes half a
+            second.
         recordings_hold_memory: whether a recording keeps the memory that it ran in.
     """
 
@@ -52,7 +53,7 @@ GPU = DeviceProfile(True, chunk_pixels=2**19, min_calls_to_record=0, recordings_
 
 
 def select_device(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one, else the CPU.
+    """The device of a name: "cpu", "cuda", "cuda:1"; "auto" is CUDA if there is a GPU, else the CPU.
 
     Raises:
         WeightsError: the device does not exist, or there is a GPU that torch cannot use.
@@ -87,7 +88,7 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def is_healthy(device: torch.device) -> bool:
-    """Whether the device still computes. After some errors a GPU does not, until a new process uses it."""
+    """Whether the device still computes. After some errors a GPU computes nothing until a new process uses it."""
     try:
         return bool(torch.ones(1, device=device).add(1).item() == 2)
     except Exception as error:
@@ -95,11 +96,11 @@ def is_healthy(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that tensors can still take; None where it is unknown.
+    """Bytes that tensors can still take; None if the number is unknown.
 
-    On a GPU this counts what torch's allocator has reserved and does not use. On the CPU it is the smaller one of what
-    the machine has available and what the container may use, less `MALLOC_RESERVE`. A limit of the address space
-    (`ulimit -v`) is not counted: malloc can use most of what it keeps mapped again, and how much is unknown.
+    On a GPU it includes memory that torch's allocator has reserved and does not use. On a CPU it is the available
+    memory of the machine or of the container, whichever is less, minus `MALLOC_RESERVE`. A limit of the address space
+    (`ulimit -v`) is not considered: malloc can reuse most of the memory that it keeps mapped, but how much is unknown.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -109,14 +110,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that nothing uses back to the system."""
+    """Return unused memory to the system."""
     trim()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def trim() -> None:
-    """Give memory that malloc keeps back to the system; an idle server would hold what its largest request took."""
+    """Return the memory that malloc keeps to the system. An idle server would hold the peak of its largest request."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -137,13 +138,13 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the kernel's peak; without it the peak is that of the process's life
+            file.write("5")  # resets the peak; if this fails, the peak is that of the process's lifetime
 
 
 def peak_memory(device: torch.device) -> int | None:
     """Largest number of bytes held since `reset_peak`: by torch on a GPU, or resident in the CPU's memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)  # what a CUDA graph replays in is reserved, not allocated
+        return torch.cuda.max_memory_reserved(device)  # the memory of a CUDA graph is reserved, not allocated
     return _kilobytes("/proc/self/status", "VmHWM")
 
 

@@ -37,7 +37,7 @@ class Engine:
     """Text to video. `prepare` says what a request will do, `run` does it, `generate` is both.
 
     Args:
-        upscaler: another model for second passes; None takes the same one.
+        upscaler: another model for second passes; None uses the same model.
     """
 
     def __init__(self, model: Model, upscaler: Model | None = None):
@@ -58,12 +58,12 @@ class Engine:
         """Load a model from a folder in diffusers' layout.
 
         Args:
-            device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
+            device: "cpu", "cuda", "cuda:1"; "auto" is CUDA if there is a GPU.
             dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA, float32 elsewhere.
-            verify: read every file again and compare it with the manifest, whatever was found before.
+            verify: compute the digest of every file and compare it with the manifest, also if it was correct before.
             lora: "path[:scale]" of a LoRA to add to the denoiser; see `t2v.checkpoints.lora` for the formats.
-            compile: run the denoiser through torch.compile. The first request of each shape then takes minutes, less
-                where TORCHINDUCTOR_CACHE_DIR holds what an earlier start compiled.
+            compile: run the denoiser through torch.compile. The first request of each shape then takes minutes, or
+                less if TORCHINDUCTOR_CACHE_DIR holds the results of an earlier start.
             upscaler: folder of another model for second passes, loaded in the same way but without the LoRA.
 
         Raises:
@@ -84,11 +84,11 @@ class Engine:
         return self.run(job, init_frames, on_progress, on_preview)
 
     def prepare(self, request: Request, *, has_init_video: bool = False) -> Job:
-        """Decide everything about a request. Nothing is computed, loaded or dropped.
+        """Decide everything about a request. No tensor is computed and no recording is dropped.
 
         Raises:
             InvalidRequest: the model cannot do it.
-            OutOfMemory: it does not fit into the device's memory.
+            OutOfMemory: the request does not fit into the device's memory.
         """
         upscaler = self.upscaler.info if self.upscaler else None
         job = resolve(request, self.model.info, upscaler, has_init_video=has_init_video)
@@ -104,23 +104,23 @@ class Engine:
     ) -> Iterator[np.ndarray]:
         """Make the frames of a video.
 
-        Denoising is done when this returns, that of the last pass if there are two. Decoding happens as the frames are
-        taken. An error that a callback raises stops the work; the engine stays usable.
+        All denoising is complete when this returns. Frames are decoded as the caller takes them. An error that a
+        callback raises stops the work; the engine stays usable.
 
         Args:
-            init_frames: (H, W, 3) uint8 RGB frames to start from, `num_frames` of them, of the size of the first pass;
-                others are resized.
+            init_frames: `num_frames` frames to start from, (H, W, 3) uint8 RGB. Frames that do not have the size of the
+                first pass are resized.
             on_progress: called with (stage, done, total). The stages of each pass are "start" (frames encoded, if there
                 are any), "text" (once), "denoise" (steps) and "decode" (frames).
             on_preview: called with (done, total, preview) after every denoising step; preview() returns (F, H, W, 3)
                 uint8 RGB, the video as the model predicts it at this step. Only every fourth frame is decoded, and
-                stands for four.
+                repeated four times.
 
         Returns:
             An iterator of (n, H, W, 3) uint8 RGB arrays, with all frames in total.
 
         Raises:
-            OutOfMemory: memory ran out although the plan fitted.
+            OutOfMemory: memory ran out in spite of the plan.
         """
         chunks: Iterator[np.ndarray] = iter(())
         for pass_ in job.passes:
@@ -190,9 +190,10 @@ class Engine:
             yield frames
 
     def warm_up(self) -> None:
-        """Pay now what the first request would pay: libraries, algorithms, the recording of the default shape.
+        """Do now what the first request would wait for: loading libraries, choosing algorithms, recording the default
+        shape.
 
-        A large network on a CPU takes too long for that; one small frame has to do.
+        A large network on a CPU would take too long. It makes one small frame instead.
         """
         for model in self.models:
             small: dict[str, Any] = {"num_frames": 1, "width": 16, "height": 16} if model.is_slow_to_record else {}
@@ -205,7 +206,7 @@ class Engine:
                 function.min_calls = model.profile.min_calls_to_record
 
     def describe(self) -> str:
-        """The model's name and what it can show, one line."""
+        """The model's name and what it can show, in one line."""
         return f"{self.name}. {self.model.info.about}" if self.model.info.about else self.name
 
     def model_for(self, pass_: Pass) -> Model:
@@ -239,7 +240,7 @@ class Engine:
 
 
 def resized(frames: Frames, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Frames (H, W, 3) uint8 of this (height, width), bicubic where it is not theirs."""
+    """Yields the frames, (H, W, 3) uint8, in this (height, width). Those of another size are resized (bicubic)."""
     for frame in frames:
         if frame.shape[:2] != size:
             pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()

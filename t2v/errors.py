@@ -1,7 +1,7 @@
 """The errors a caller can meet. Their text reaches the caller, so it says what to change."""
 
-# How the libraries say that memory ran out: torch; oneDNN and the C++ library on the CPU; CUDA, cuBLAS and cuDNN for
-# what they allocate themselves.
+# Parts of the messages that say that memory ran out: of torch; of oneDNN and the C++ library on the CPU; of CUDA,
+# cuBLAS and cuDNN for their own allocations.
 OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",

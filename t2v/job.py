@@ -1,6 +1,6 @@
-"""A request resolved against a model: everything that is decided before the work. Plain data, no torch.
+"""A request resolved against a model: all decisions that precede the work. Plain data, no torch.
 
-`resolve` is the only place that interprets a `Request`. Whoever comes later reads the `Job`. All rules about presets,
+Only `resolve` interprets a `Request`. Later code reads the `Job`. All rules about presets,
 distilled models, sizes, windows, prompts and the amount of work are in this file.
 """
 
@@ -72,14 +72,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Pass:
-    """From noise, or from the frames of the pass before, to clean latents, by one model.
+    """One denoising by one model: from noise, or from the frames of the pass before, to clean latents.
 
     Attributes:
         size: (height, width) in pixels.
         seed: 0 to 2^32 - 1.
         prompts: in the order in which they are shown.
-        negative_prompt: what guidance leads away from, "" for the empty prompt; None without guidance.
-        first_step: number of steps that are left out; 0 without init frames.
+        negative_prompt: the text that guidance leads away from, "" for the empty prompt; None without guidance.
+        first_step: number of steps that are skipped; 0 without init frames.
         with_lora: whether the model's LoRA is in the weights.
         on_upscaler: whether the upscaler makes this pass.
         latent_shape: (1, channels, F, h, w).
@@ -125,8 +125,8 @@ class Job:
     """Everything that is decided about a request.
 
     Attributes:
-        passes: one, or two where the video is upscaled.
-        metadata: what the written file says about itself, as JSON values.
+        passes: one, or two if the video is upscaled.
+        metadata: JSON values for the metadata of the file.
     """
 
     passes: tuple[Pass, ...]
@@ -139,11 +139,11 @@ def resolve(
     """Decide everything about a request.
 
     Args:
-        upscaler: another model for second passes; None takes the same one.
+        upscaler: another model for second passes; None uses the same model.
         has_init_video: whether the video starts from other frames.
 
     Raises:
-        InvalidRequest: the model cannot do it, or it is more work than one request may be.
+        InvalidRequest: the model cannot do it, or it takes more work than one request may.
     """
     if request.strength is not None and not has_init_video:
         raise InvalidRequest("strength needs an init_video to start from; send one or leave strength out.")

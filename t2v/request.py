@@ -1,4 +1,4 @@
-"""What the caller asked for, in the caller's units. A `Request` that exists is valid.
+"""What the caller asked for, in the caller's units. Every `Request` is valid: making an invalid one is an error.
 
 Each input is declared once, as a field of `Request`: its default, its limits and the sentence that customers read.
 Validation, the options of the command line and the tables in the documents derive from the fields. `class Inputs` in
@@ -32,7 +32,7 @@ class InputSpec:
         choices: the allowed values, if they are listed.
         multiple_of: the number must be divisible by this.
         unit: of a number, for messages.
-        optional: whether None is allowed; it stands for the value that suits the model.
+        optional: whether None is allowed; None stands for the model's own value.
     """
 
     kind: Literal["text", "integer", "number", "boolean", "file"]
@@ -55,10 +55,10 @@ class InputSpec:
         return f"{self.low} to {self.high}{multiples}"
 
     def checked(self, name: str, value: Any) -> Any:
-        """The value as the engine takes it. JSON may bring 16.0 for 16.
+        """The value in the type that the engine expects. JSON may contain 16.0 for 16.
 
         Raises:
-            InvalidRequest: with the name, the value and what is allowed.
+            InvalidRequest: names the input, the value and the allowed values.
         """
         if value is None and self.optional:
             return None
@@ -124,11 +124,11 @@ class Request:
     """One video to make. The fields' own descriptions say what each one does; `INPUTS` lists them.
 
     Attributes:
-        seed: never None in an instance: where it was left out, it is drawn at random.
-        guidance_scale, width, height, window, strength: None stands for the value that suits the model.
+        seed: never None in an instance. If it is left out, it is drawn at random.
+        guidance_scale, width, height, window, strength: None stands for the model's own value.
 
     Raises:
-        InvalidRequest: with a sentence that names the field, the value and what is allowed.
+        InvalidRequest: the sentence names the input, the value and the allowed values.
     """
 
     prompt: str = _text(

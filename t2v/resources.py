@@ -1,4 +1,4 @@
-"""Where the files are that belong to the package but are not Python modules.
+"""Paths of the files that belong to the package but are not Python modules.
 
 An installed package holds copies in t2v/_files (see [tool.hatch] in pyproject.toml); in a checkout they stand beside
 the package.

@@ -1,5 +1,6 @@
 """What the README shows runs."""
 
+import json
 import re
 
 import yaml
@@ -13,8 +14,10 @@ def test_the_python_example_runs(capsys, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(ROOT)
     exec(code.replace("seed=0", "seed=0, num_inference_steps=2"), {})
-    printed = re.findall(r"\((\d+), 64, 64, 3\) uint8\n", capsys.readouterr().out)
-    assert sum(map(int, printed)) == 16
+    printed = re.findall(r"^\((\d+), (\d+), (\d+), 3\) uint8$", capsys.readouterr().out, re.MULTILINE)
+    config = json.loads((ROOT / "weights" / "demo" / "unet" / "config.json").read_text())
+    side = str(8 * config["sample_size"])
+    assert sum(int(n) for n, *_ in printed) == 16 and {size for _, *size in printed for size in size} == {side}
 
 
 def test_the_commands_and_links_exist():

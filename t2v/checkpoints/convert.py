@@ -1,4 +1,4 @@
-"""Weights of others -> a model folder in diffusers' layout, safetensors only.
+"""Converts other people's weights to a model folder in diffusers' layout, with safetensors only.
 
 Reads ModelScope's original checkpoint (configuration.json, the denoiser, a VQGAN file, an open_clip file) and folders
 in diffusers' layout whose weights are still pickles (`.bin`). Runs once.
@@ -41,7 +41,7 @@ from t2v.networks.unet3d import TRANSFORMER_IN_HEADS, UNet3DConfig
 
 Table = dict[str, str | tuple[str, ...]]
 
-# What the original keeps in its code and not in its files.
+# Values that the original keeps in its code and not in its files.
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -92,7 +92,7 @@ DROPPED: dict[str, tuple[str, ...]] = {
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype = torch.float16, log: Callable[[str], None] = print) -> None:
-    """Write the model in `source` as the new folder `out`. In the end there is a complete folder or none.
+    """Write the model in `source` as the new folder `out`. Afterwards the folder is complete, or does not exist.
 
     Args:
         source: a folder of the original, or one in diffusers' layout.
@@ -358,7 +358,7 @@ def _renamed(
             continue
         for i, target in enumerate(targets):
             if target in sources:
-                wrong.append(f"{key} is there twice, under another name")
+                wrong.append(f"{key} occurs twice, also under another name")
             sources[target] = lambda key=key, i=i, n=len(targets): state[key].chunk(n)[i]  # type: ignore[misc]
     wrong += [f"nothing fills {target}" for target in shapes if target not in sources]
     wrong += [f"{target} is no parameter" for target in sources if target not in shapes]

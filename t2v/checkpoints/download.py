@@ -49,7 +49,9 @@ def download(manifest: dict[str, Any], folder: Path, source: Path | None = None)
     print(f"{len(needed)} of {len(manifest['files'])} files to fetch, {max(missing, 0) / 1e9:.2f} GB", flush=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(fetch, manifest, name, partial, source) for name in needed[:1]]
-        if futures and not futures[0].exception():  # the first one alone: without a server, one timeout is enough
+        if (
+            futures and not futures[0].exception()
+        ):  # the first file alone: if the server cannot be reached, one timeout is enough
             futures += [pool.submit(fetch, manifest, name, partial, source) for name in needed[1:]]
     wrong = [str(error) for future in futures if (error := future.exception())]
     if wrong:

@@ -82,7 +82,7 @@ def write_model(
     infix: str = "",
     index: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model's folder that this package and diffusers load. What is there already is replaced.
+    """Write a model's folder that this package and diffusers load. Existing files are replaced.
 
     Args:
         networks: the three networks, taken one after the other.
@@ -111,12 +111,12 @@ def write_network(folder: Path, network: NetworkFiles, dtype: torch.dtype, infix
 
 
 def check(folder: Path, verify: bool = False) -> None:
-    """Make sure that `folder` holds every file a model needs, and that the files match its manifest.
+    """Make sure that `folder` holds every file that a model needs, and that the files match its manifest.
 
     A digest is computed once: while a file keeps its size and its modification time, a restart does not compute it.
 
     Args:
-        verify: compute every digest, whatever was found before.
+        verify: compute every digest, also of files that were correct before.
 
     Raises:
         WeightsError: the message names everything that is wrong, and the command that repairs it.
@@ -232,7 +232,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _header_problem(path: Path) -> str | None:
-    """Why a file is no safetensors file; found before anything reads a header of the size that the file claims."""
+    """Why a file is no safetensors file. Checked before anything reads a header of the size that the file claims."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     name = f"{path.parent.name}/{path.name}"

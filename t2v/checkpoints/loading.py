@@ -1,4 +1,4 @@
-"""From a model's folder to its networks on a device."""
+"""Loads the networks of a model's folder onto a device."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from t2v.errors import WeightsError
 from t2v.networks.build import build_on_meta
 from t2v.networks.layers import fuse_upsample_kernels
 
-# Sizes (numbers of values) of the tensors that stay in half precision on a CPU, where widening them is exact. Filling
-# memory with the wide values of all tensors takes seconds at the start; widening one at each use is little beside the
-# use. Wide values of more than 32 MB would be new memory each time, since glibc's malloc keeps no larger block.
+# Sizes (numbers of values) of the tensors that stay in half precision on a CPU, where widening them is exact. Widening
+# all tensors at the start takes seconds; widening one tensor at each use takes little beside the use itself. Wide
+# values of more than 32 MB would need new memory each time, because glibc's malloc keeps no larger block.
 KEEP_HALF_SIZES = range(2**20, 2**23)
 
 
@@ -42,8 +42,8 @@ def load_networks(folder: Path, device: torch.device, dtype: torch.dtype) -> dic
 def load_weights(module: nn.Module, folder: Path, network: str, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a module whose parameters are on the meta device: every parameter from the file, every tensor used.
 
-    Convolution weights end in channels-last memory, as the denoiser's and the decoder's activations. On a CPU, most of
-    a large half-precision file stays in half precision and is widened where it is used (see `UpcastOnRead`).
+    Convolution weights are stored channels-last, like the activations of the denoiser and the decoder. On a CPU, most
+    of a large half-precision file stays in half precision and is widened at each use (see `UpcastOnRead`).
 
     Raises:
         WeightsError: the file cannot be read, its tensors are not the module's, or they are not finite.
@@ -57,7 +57,7 @@ def load_weights(module: nn.Module, folder: Path, network: str, device: torch.de
     wrong = []
     for key in [key for key in found if not key.endswith(".position_ids")]:
         name = names.get(canonical_name(key), key)
-        wrong += [f"{key} is there twice, under an old name too"] if name in state else []
+        wrong += [f"{key} occurs twice, also under an old name"] if name in state else []
         state[name] = found.pop(key)
     wrong += [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is unknown" for key in state if key not in expected]
@@ -103,7 +103,7 @@ class UpcastOnRead(nn.Module):
 
 
 def materialised(module: nn.Module, name: str = "weight") -> Tensor:
-    """A parameter whose values can be changed. One that was widened at each use holds the wide values from now on."""
+    """A parameter whose values can be changed. If it was widened at each use, it holds the wide values from now on."""
     if parametrize.is_parametrized(module, name):
         value = getattr(module, name)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)

@@ -1,4 +1,4 @@
-"""`torch.save` files of others, read without executing anything in them.
+"""Reads `torch.save` files of others without executing anything in them.
 
 torch's restricted reader accepts tensors and plain containers. Every other class that a file names becomes an
 `InertObject`, unless torch refuses it outright.
@@ -15,7 +15,7 @@ from t2v.errors import WeightsError
 
 
 class InertObject:
-    """Stands for a class that a pickle names and that is no tensor. Accepts any arguments and does nothing."""
+    """Replaces a class that a pickle names and that is no tensor. Accepts any arguments and does nothing."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -28,7 +28,7 @@ def load(path: Path) -> Any:
     """The content of a file, with its tensors on the CPU, mapped from the disk where the format allows it.
 
     Raises:
-        WeightsError: it is no such file, is truncated, or wants to run code.
+        WeightsError: the file has another format, is truncated, or would run code.
     """
     try:
         with path.open("rb") as file:

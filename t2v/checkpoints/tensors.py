@@ -1,4 +1,4 @@
-"""Safetensors files, read and written; the differences between versions of parameter names."""
+"""Reads and writes safetensors files; knows the differences between versions of parameter names."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 def write_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensor: Callable[[str], Tensor]
 ) -> None:
-    """Write a safetensors file one tensor at a time, so that memory holds one. Equal tensors make equal files.
+    """Write a safetensors file one tensor at a time, so that memory holds only one. Equal tensors make equal files.
 
     Args:
         shapes: shape of each tensor by its name.

@@ -1,7 +1,7 @@
-"""A caller's picture or video -> frames of the requested size and rate. The file is not trusted.
+"""Decodes a caller's picture or video to frames of the requested size and rate. The file is not trusted.
 
-The first bytes of the file decide its format, and ffmpeg is told to use that one: it does not guess, so a playlist
-cannot make it open other files or addresses. Bytes, pixels and time are bounded.
+The first bytes of the file decide its format. ffmpeg must use that format and cannot guess another, so a playlist
+cannot make it open other files or addresses. Bytes, pixels and time are limited.
 """
 
 import math
@@ -16,7 +16,7 @@ from t2v.errors import InvalidRequest
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**24  # of one frame, 4096x4096
-MAX_SECONDS = 60  # of processor time for decoding
+MAX_SECONDS = 60  # processor time for decoding
 
 # (offset in the file, signature, ffmpeg's name of the format)
 SIGNATURES = (

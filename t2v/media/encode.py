@@ -1,4 +1,4 @@
-"""uint8 frames -> a video file, which is decoded again to verify it."""
+"""Writes uint8 frames to a video file, and decodes the file again to verify it."""
 
 import contextlib
 import json
@@ -47,8 +47,8 @@ def write_video(
         crf: constant rate factor of MP4 and WebM, 1 to 51.
 
     Raises:
-        VideoError: there were no frames, or the file cannot be decoded as it should (disk full, encoder killed). No
-            file is left, also if `chunks` raises or the call is stopped.
+        VideoError: there were no frames, or the file does not decode to the expected video (disk full, encoder killed).
+            No file is left, also if `chunks` raises or the call is stopped.
     """
     writer = None
     count = 0
@@ -66,7 +66,7 @@ def write_video(
             raise VideoError("There are no frames to write.")
         writer.close()
         return _verify(path, VideoInfo(count, *size, fps))
-    except BaseException as error:  # being stopped, which is no Exception, must leave no file either
+    except BaseException as error:  # `Stopped` is no Exception, and must leave no file either
         if writer is not None:
             _kill(writer)
         path.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def read_video(path: Path) -> tuple[VideoInfo, np.ndarray]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata `write_video` put into the file."""
+    """The metadata that `write_video` put into the file."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     # The format is lines of key=value; a backslash escapes = ; # \\ and the newline.

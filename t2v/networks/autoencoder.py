@@ -24,7 +24,7 @@ class AutoencoderConfig(Config):
     """Hyper-parameters of `Autoencoder`; the defaults are those of the 1.7B model.
 
     Attributes:
-        scaling_factor: of the latents that the denoiser sees; the network itself does not apply it.
+        scaling_factor: factor from the network's latents to those that the denoiser sees; `VAE` applies it.
     """
 
     FOLDER = "vae"

@@ -23,14 +23,14 @@ def build_on_meta(network: str, config: Mapping[str, Any]) -> nn.Module:
     """The network of a `<network>/config.json`, its parameters on the meta device.
 
     Raises:
-        WeightsError: the config describes none that is supported.
+        WeightsError: the config describes no supported network.
     """
     try:
         with torch.device("meta"), SkipInit():
             return BUILDERS[network](config)
     except WeightsError:
         raise
-    except Exception as error:  # whatever torch says to sizes that make no sense
+    except Exception as error:  # torch's errors for impossible sizes are of many types
         raise WeightsError(f"{network}/config.json describes no network: {error}") from error
 
 

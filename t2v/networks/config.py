@@ -9,13 +9,13 @@ from t2v.errors import WeightsError
 
 @dataclass(frozen=True)
 class Config:
-    """Fields are named as the file's keys; those that the file lacks keep their default.
+    """Fields are named as the file's keys. A field whose key the file lacks keeps its default.
 
     Attributes:
         FOLDER: the network's folder in a model's folder.
-        REQUIRED_VALUES: keys of which the network implements one value only.
+        REQUIRED_VALUES: keys for which the network implements only this value.
         IGNORED_KEYS: keys to ignore; None ignores every unknown key. Keys starting with `_` are always ignored.
-        FILE_KEYS: what the file says besides the fields, for the libraries that read it.
+        FILE_KEYS: further keys of a written file, for diffusers and transformers.
     """
 
     FOLDER: ClassVar[str]

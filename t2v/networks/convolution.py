@@ -1,7 +1,7 @@
 """Convolution algorithms with fewer multiplications: Winograd F(2,3), im2col, fused upsampling.
 
-They equal torch's convolutions to rounding. On a CPU multiplications dominate; which algorithm is used is decided here
-alone, by the tensors (`conv2d_same`, `upsample2x`).
+They equal torch's convolutions to rounding. On a CPU multiplications dominate. Only this module decides which algorithm
+is used, by the tensors (`conv2d_same`, `upsample2x`).
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Multiplications per kernel tap from which on fewer of them save more time than the extra additions take; measured.
+# Multiplications per kernel tap from which Winograd's saves more time than its extra additions take; measured.
 MIN_MULTIPLIES = 2**27
 
 # Values of the input that are transformed together, so that they are still in a cache when they are multiplied.
@@ -23,7 +23,7 @@ DIFFERENCE_TAPS = ((1, 1, 1), (1, 0, 0), (0, 0, 1))
 
 
 def prefers_fewer_multiplies(x: Tensor) -> bool:
-    """Whether fewer multiplications are worth more additions, and exact enough: on a CPU, not in half precision."""
+    """Whether fewer multiplications pay off and are exact enough: on a CPU, except in half precision."""
     return x.device.type == "cpu" and x.element_size() >= 4
 
 
@@ -51,7 +51,7 @@ def im2col(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv2d_same` as one matrix product with the patches of the map.
 
     For maps with no more pixels than output channels, the CPU's library spends more time on rearranging the weights
-    than on the convolution; this takes them as they are.
+    than on the convolution. This algorithm does not rearrange them.
     """
     n, _, h, w = x.shape
     c_out, _, height, width = weight.shape
@@ -97,8 +97,10 @@ def winograd_f23(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def fused_upsample_kernel(weight: Tensor) -> Tensor:
     """The kernel of `upsample2x` for a 3x3 convolution after upsampling.
 
-    After nearest-neighbour upsampling, several of the nine taps of an output meet the same pixel of the small map. They
-    are added up here: 4 products for 9 in a transposed convolution, 9 for 36 by differences on a CPU.
+    After nearest-neighbour upsampling, several of the nine taps of an output read the same pixel of the small map.
+    Their
+    sums are computed once, here: a transposed convolution then takes 4 instead of 9 products, the form by differences 9
+    instead of 36.
 
     Args:
         weight: (c_out, c, 3, 3).
@@ -144,7 +146,11 @@ def upsample_by_differences(x: Tensor, kernel: Tensor, bias: Tensor | None) -> T
     """
     n, c, h, w = x.shape
     c_out = kernel.shape[2]
-    outputs = (slice(0, 2), slice(0, 1), slice(1, 2))  # of the two outputs, those that each of the three is added to
+    outputs = (
+        slice(0, 2),
+        slice(0, 1),
+        slice(1, 2),
+    )  # the outputs, of two, to which each of the three products is added
     images = x.permute(0, 2, 3, 1)
     y = x.new_empty(n, h, 2, w, 2, c_out)
     images_per_tile = max(1, TILE_VALUES // (h * w * max(c, c_out)))

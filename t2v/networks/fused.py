@@ -16,11 +16,11 @@ from torch import Tensor
 
 KERNELS = ("group norm", "bias", "layer norm", "GEGLU", "attention")
 HALF = (torch.float16, torch.bfloat16)
-SHORT = 64  # the longest sequence of the attention kernel
-WIDEST = 8192  # channels of the layer norm kernel
+SHORT = 64  # length of the longest sequence that the attention kernel takes
+WIDEST = 8192  # largest number of channels that the layer norm kernel takes
 
 log = logging.getLogger(__name__)
-disabled: set[str] = set()  # of KERNELS
+disabled: set[str] = set()  # members of KERNELS
 
 
 def runs(kernel: str, x: Tensor) -> bool:
@@ -30,7 +30,7 @@ def runs(kernel: str, x: Tensor) -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether Triton compiles and runs a kernel; it takes a C compiler, and some images have none."""
+    """Whether Triton compiles and runs a kernel. It needs a C compiler, which some images lack."""
     try:
         from t2v.networks import triton_kernels
 
@@ -39,7 +39,8 @@ def available() -> bool:
         torch.cuda.synchronize()
     except Exception as error:
         log.warning(
-            "Triton's kernels do not run here, torch's do, slower: %s", f"{type(error).__name__}: {error}"[:300]
+            "Triton's kernels do not work here; torch's run instead, slower: %s",
+            f"{type(error).__name__}: {error}"[:300],
         )
         return False
     return True
@@ -47,7 +48,7 @@ def available() -> bool:
 
 @contextmanager
 def without(*kernels: str) -> Iterator[None]:
-    """These in torch."""
+    """Inside the context, these kernels are replaced by torch's."""
     before = set(disabled)
     disabled.update(kernels)
     try:
@@ -60,7 +61,7 @@ def without(*kernels: str) -> Iterator[None]:
 def group_norm(
     norm: Any, x: Tensor, silu: bool = False, bias: Tensor | None = None, term: Tensor | None = None
 ) -> Tensor:
-    """Group norm of x + bias + term, then SiLU where it is asked for.
+    """Group norm of x + bias + term, then SiLU if `silu`.
 
     Args:
         norm: an nn.GroupNorm.
@@ -85,7 +86,7 @@ def group_norm(
 
 
 def group_norm_by_pixel(norm: Any, x: Tensor) -> Tensor:
-    """Group norm over all frames of (b, F, h, w, c) -> (b*h*w, F, c), the frames of one pixel after the other."""
+    """Group norm over all frames of (b, F, h, w, c) -> (b*h*w, F, c), with the frames of each pixel together."""
     b, frames, height, width, c = x.shape
     tall = x.flatten(1, 2).permute(0, 3, 1, 2)  # (b, c, F*h, w)
     if runs("group norm", x):
@@ -118,7 +119,7 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def add_by_pixel(x: Tensor, y: Tensor) -> Tensor:
-    """x (b, F, h, w, c) + y (b*h*w, F, c) -> as x."""
+    """x (b, F, h, w, c) + y (b*h*w, F, c) -> (b, F, h, w, c)."""
     b, frames, height, width, c = x.shape
     if frames > 1 and runs("bias", x):
         from t2v.networks import triton_kernels
@@ -138,7 +139,7 @@ def layer_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def add_and_layer_norm(norm: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x + y, which may broadcast, and the layer norm of that."""
+    """x + y, which may broadcast, and the layer norm of the sum."""
     if x.shape == y.shape and runs("layer norm", x) and x.shape[-1] <= WIDEST:
         from t2v.networks import triton_kernels
 
@@ -157,7 +158,7 @@ def geglu(value: Tensor, gate: Tensor) -> Tensor:
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor | None:
-    """Attention of sequences to themselves, (n, l, heads * d) each -> the same; None where no kernel takes them."""
+    """Self-attention within sequences, (n, l, heads * d) each -> same; None if no kernel takes them."""
     if runs("attention", q) and q.shape[1] <= SHORT:
         from t2v.networks import triton_kernels
 

@@ -22,9 +22,9 @@ class Conv(nn.Conv2d):
         return y if bias is None else fused.add_bias(y, bias)
 
     def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The result, and the bias that it still lacks, where a kernel adds that along with something else."""
+        """The result, and the bias if it has not been added: a later kernel adds it together with other terms."""
         if fused.runs("bias", x) and x.shape[1] % 16 == self.out_channels % 16 == 0:
-            if self.kernel_size == (1, 1):  # a matrix product adds it by itself
+            if self.kernel_size == (1, 1):  # the matrix product adds the bias
                 y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
                 return y.permute(0, 3, 1, 2), None
             return conv2d_same(x, self.weight, None), self.bias
@@ -57,7 +57,7 @@ class Upsample(nn.Module):
 
 @torch.no_grad()
 def fuse_upsample_kernels(network: nn.Module) -> None:
-    """Make the kernel of every `Upsample`. To be called when the weights are final, and after they changed or moved."""
+    """Make the kernel of every `Upsample`. Call it when the weights are final, and after they have changed or moved."""
     for module in network.modules():
         if isinstance(module, Upsample):
             kernel = fused_upsample_kernel(module.conv.weight)

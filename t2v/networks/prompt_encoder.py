@@ -1,4 +1,4 @@
-"""Prompts -> context: CLIP's tokenizer and text encoder, with the token ids the original implementation makes.
+"""Prompts to context: CLIP's tokenizer and text encoder, with the token ids of the original implementation.
 
 The original tokenizes with open_clip. Other tokenizers that read this family's files differ from it in two ways that
 change the picture: they turn every `!` into the padding id, and they clean the text less. Here the text is cleaned and
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class PromptEncoder:
-    """Prompts -> context: tokenizer and text encoder of the model.
+    """Prompts to context: tokenizer and text encoder of the model.
 
     Args:
         tokenizer: see `load_tokenizer`.

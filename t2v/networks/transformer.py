@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from t2v.networks import fused
 
-# Sequences of one attention call. Along frames every pixel of every row is one, and CUDA's kernels take 65,535.
+# Maximum number of sequences in one attention call. CUDA's kernels take 65,535; in attention along the frames every
+# pixel of every row is a sequence.
 MAX_SEQUENCES = 2**15
 
-# Values between the two layers of a feed-forward that a CPU computes together: malloc maps new memory for every tensor
-# of 32 MB or more, and smaller ones are still in a cache when they are read.
+# Maximum number of values between the two layers of a feed-forward that a CPU computes together. malloc maps new memory
+# for every tensor of 32 MB or more, and smaller tensors are still in a cache when they are read.
 MAX_HIDDEN_VALUES_CPU = 2**22
 
 
 class TransformerBlock(nn.Module):
-    """The parameters of one pre-norm transformer block; the denoiser's transformers say what attends to what."""
+    """The parameters of one pre-norm transformer block. The denoiser's transformers define the computation."""
 
     def __init__(self, c: int, heads: int, context_dim: int):
         super().__init__()
@@ -72,12 +73,12 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., c) -> same."""
         proj, out = self.net["0"]["proj"], cast(nn.Linear, self.net["2"])
-        # As two products: contiguous halves are read faster than those of one product.
+        # Two products, because contiguous tensors are read faster than the halves of one product.
         (value_weight, gate_weight), (value_bias, gate_bias) = proj.weight.chunk(2), proj.bias.chunk(2)
         out_weight = out.weight
 
         if fused.runs("GEGLU", x):
-            return out(fused.geglu(*proj(x).chunk(2, dim=-1)))  # the kernel reads halves as fast
+            return out(fused.geglu(*proj(x).chunk(2, dim=-1)))  # the kernel reads halves equally fast
 
         def compute(tokens: Tensor) -> Tensor:
             gate = F.gelu(F.linear(tokens, gate_weight, gate_bias))

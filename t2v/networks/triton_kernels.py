@@ -5,9 +5,9 @@ sum before it; attention within short sequences; the gated linear unit; sums wit
 `t2v.networks.fused` says where each is used, and computes the same in torch.
 
 Matrices are rows of channels, contiguous; a map whose channels are last in memory is such a matrix. All arithmetic is
-in float32, whatever the dtype. Every shape runs through the same few compiled kernels: what varies is an argument, and
-what is absent (a bias, a residual) is masked, not compiled away, because each variant delays a first request by a third
-of a second. Nothing is tuned at run time.
+in float32, whatever the dtype. All shapes share a few compiled kernels: sizes are arguments, and an absent bias or
+residual is masked instead of compiled away, because each variant delays a first request by a third of a second. Nothing
+is tuned at run time.
 """
 
 import torch
@@ -15,18 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PIXELS = 32  # rows that one program of the norms and sums reads at a time
-CHANNELS = 64  # channels that it reads
-PROGRAMS = 1024  # about so many, where the map is large enough: several for each multiprocessor
+PIXELS = 32  # number of rows that one program of the norms and sums reads at a time
+CHANNELS = 64  # number of channels that it reads
+PROGRAMS = 1024  # approximate number of programs for a large map: several for each multiprocessor
 
-# A group norm whose groups are no larger than this in any image is one kernel: pixels, channels of a group.
+# A group norm runs as one kernel if no group of an image is larger than this: pixels, channels of a group.
 SMALL = (64, 64)
-NARROW = 16  # channels of a group below which reading it alone wastes most of what memory delivers
+NARROW = 16  # channels of a group below which reading a group alone wastes most of the memory's bandwidth
 
-ROWS = 64  # of queries and keys in one program of the attention; the longest sequence
-WIDEST = 8192  # channels of a row that one program of the layer norm holds
-AT_ONCE = 4096  # values that it holds
-GATED = 2048  # values that one program of the gated unit makes
+ROWS = 64  # number of queries and of keys in one program of the attention; the longest sequence
+WIDEST = 8192  # largest number of channels in a row of the layer norm
+AT_ONCE = 4096  # number of values in one program of the layer norm
+GATED = 2048  # number of values that one program of the gated unit makes
 
 
 def group_norm(
@@ -49,8 +49,8 @@ def group_norm(
         silu: whether SiLU is applied to the result.
         added: (c,), the bias of the convolution that made x.
         term: (rows, c), `rows` divides n; each row is added to n / rows images that follow one another.
-        frames: divides h; the map is so many frames on top of one another, and the result has every pixel's frames
-            one after the other instead: in memory it is (n, h / frames * w, frames, c).
+        frames: number of frames that are stacked along h. With more than one, the result has the frames of each pixel
+            together: in memory it is (n, h / frames * w, frames, c).
 
     Returns:
         (n, c, h, w), channels last, dtype of x.
@@ -63,7 +63,7 @@ def group_norm(
     repeats, stride = (n // len(term), term.stride(0)) if term is not None else (1, 0)
     if term is not None and term.stride(1) != 1:
         term = term.contiguous()
-    # Where there is none, a pointer that is never read.
+    # An absent tensor is replaced by a pointer that is never read.
     extra = (
         *(weight if added is None else added, int(added is not None)),
         *(weight if term is None else term, int(term is not None), repeats, stride),
@@ -92,7 +92,7 @@ EXTRA = ("has_added", "has_term", "repeats", "term_stride")
 
 @triton.jit
 def extra_of(added, has_added, term, has_term, repeats, term_stride, image, channel, inside):
-    """What is added to some channels of an image."""
+    """The sum of the terms that are added to some channels of an image."""
     value = tl.load(added + channel, mask=inside & (has_added != 0), other=0.0).to(tl.float32)
     row = (image // repeats).to(tl.int64) * term_stride
     return value + tl.load(term + row + channel, mask=inside & (has_term != 0), other=0.0).to(tl.float32)
@@ -258,7 +258,7 @@ def add(x: Tensor, other: Tensor | None, bias: Tensor | None, frames: int = 1) -
     """x + other + bias, as rows of channels.
 
     Args:
-        x: (..., c), contiguous. Without frames it is overwritten.
+        x: (..., c), contiguous. It is overwritten if frames is 1.
         other: shape of x, contiguous.
         bias: (c,).
         frames: 1, or the size of axis -2 of x, which is (n, pixels, frames, c): `other` and the result are
@@ -309,7 +309,7 @@ def sum_rows(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + added, and the layer norm of that along the last axis.
+    """x + added, and the layer norm of the sum along the last axis.
 
     Args:
         x: (..., c), c <= WIDEST.
@@ -317,7 +317,7 @@ def layer_norm(
         added: shape of x.
 
     Returns:
-        The sum (x itself where nothing is added) and its norm, contiguous.
+        The sum (x itself if nothing is added) and its norm, contiguous.
     """
     x = x.contiguous()
     added = None if added is None else added.contiguous()
@@ -369,7 +369,7 @@ def geglu(value: Tensor, gate: Tensor) -> Tensor:
     """value * gelu(gate), exactly by the error function.
 
     Args:
-        value, gate: (..., c), the last axis contiguous, rows equally far apart: such are the halves of one tensor.
+        value, gate: (..., c), the last axis contiguous, rows equally far apart, as the halves of one tensor are.
 
     Returns:
         (..., c), contiguous.
@@ -448,7 +448,7 @@ def attend(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One head of as many whole sequences as fit into ROWS; what belongs to different sequences is masked."""
+    """One head of as many complete sequences as fit into ROWS. Pairs from different sequences are masked."""
     first = tl.program_id(0).to(tl.int64) * sequences
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     count = tl.minimum(n - first, sequences) * length
@@ -458,7 +458,7 @@ def attend(
     keys = tl.load(k + place, mask=inside, other=0.0)
     values = tl.load(v + place, mask=inside, other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-    sequence = row // length  # rows beyond the last form sequences of their own, which nobody reads
+    sequence = row // length  # rows beyond the last form sequences of their own, which are not stored
     scores = tl.where(sequence[:, None] == sequence[None, :], scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)

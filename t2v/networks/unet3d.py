@@ -11,13 +11,13 @@ Activations live in one layout from end to end: `(b, F, h, w, c)`, contiguous, c
 - a temporal convolution is a 2D convolution with a (3, 1) kernel over an image of F rows and h*w columns,
 - every linear layer and layer norm works on the last axis,
 
-all of them as views. Only a temporal transformer copies, since the frames have to be its sequence: once at its
-beginning, once at its end.
+and all of these are views. Only a temporal transformer copies, because the frames are its sequence: once at its
+beginning and once at its end.
 
 Nothing is computed twice. The keys and values of the text are the same for all frames and all steps, and the timestep
 terms do not depend on the latents. A request computes both once (`UNet3D.project_text`, `UNet3D.project_timesteps`),
-and a step (`UNet3D.forward_projected`) only reads them. Rows that share their latents, as the guided pair does, are one
-row until the first cross-attention tells them apart: that part runs on a batch of one and broadcasts.
+and a step (`UNet3D.forward_projected`) only reads them. The two rows of a guided pair share their latents, so they
+differ only from the first cross-attention on: the part before it runs on a batch of one and broadcasts.
 """
 
 import math
@@ -40,8 +40,9 @@ TextKV = list[tuple[Tensor, Tensor]]  # keys and values (b, heads, n, head_dim) 
 # The first temporal transformer always has 8 heads, whatever its width; the original hard-codes it.
 TRANSFORMER_IN_HEADS = 8
 
-# Values held at the peak for each latent position, counted. In the last block of the way up they are this multiple of
-# the first width, for each row; in the first temporal transformer, which always computes one row, of its own width.
+# Number of values that are held at the peak for each latent position, counted. PEAK_VALUES is for the last block of the
+# way up, per row, in units of the first width; PEAK_VALUES_IN for the first temporal transformer, which always computes
+# one row, in units of its own width.
 PEAK_VALUES = 21
 PEAK_VALUES_IN = 15
 
@@ -104,7 +105,7 @@ class UNet3D(nn.Module):
         )
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of every map the way up will concatenate, in the order they are made
+        skips = [widths[0]]  # channels of every map that the way up concatenates, in the order in which they are made
         for level, kind in enumerate(config.down_block_types):
             c_in, c_out = widths[max(level - 1, 0)], widths[level]
             last = level == len(widths) - 1
@@ -131,7 +132,8 @@ class UNet3D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv(widths[0], config.out_channels, 3)
 
-        # The readers of the timestep and of the text, in the order of their terms. Tuples, not submodules.
+        # The blocks that read the timestep and the text, in the order of their terms. Tuples, so that torch does not
+        # list them as submodules twice.
         self.res_blocks = tuple(m for m in self.modules() if isinstance(m, ResBlock))
         self.cross_attention_blocks = tuple(m for m in self.modules() if isinstance(m, SpatialTransformer))
         for index, res_block in enumerate(self.res_blocks):
@@ -237,7 +239,7 @@ class Block(nn.Module):
         return x
 
     def down(self, x: Tensor, time_terms: TimeTerms, text_kv: TextKV, skips: list[Tensor]) -> Tensor:
-        """Appends every map it makes to `skips`."""
+        """Appends every map that it makes to `skips`."""
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time_terms, text_kv)
             skips.append(x)
@@ -247,7 +249,7 @@ class Block(nn.Module):
         return x
 
     def up(self, x: Tensor, time_terms: TimeTerms, text_kv: TextKV, skips: list[Tensor]) -> Tensor:
-        """Takes from `skips` the maps it concatenates, and grows to the size of the one that comes next."""
+        """Takes the maps that it concatenates from `skips`, and enlarges the result to the size of the next one."""
         for i in range(len(self.resnets)):
             skip = skips.pop().expand(x.shape[0], -1, -1, -1, -1)
             x = self.layer(i, torch.cat([x, skip], dim=-1), time_terms, text_kv)
@@ -274,7 +276,7 @@ class MidBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions on each frame, the timestep added between them."""
+    """Two 3x3 convolutions on each frame; the timestep is added between them."""
 
     def __init__(self, c_in: int, c_out: int, temb: int, groups: int, eps: float):
         super().__init__()
@@ -450,5 +452,5 @@ def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def frame_norm(norm: nn.Module, x: Tensor, silu: bool = False) -> Tensor:
-    """Group norm with statistics of each frame of (b, F, h, w, c), and SiLU after it if asked for."""
+    """Group norm with statistics of each frame of (b, F, h, w, c), then SiLU if `silu`."""
     return unfold_frames(fused.group_norm(norm, fold_frames(x), silu), x.shape[0])

@@ -1,4 +1,4 @@
-"""Latents -> uint8 frames, a few at a time, so that memory does not grow with the number of frames; and back."""
+"""Latents to uint8 frames and back, a few frames at a time, so that memory does not grow with their number."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +12,13 @@ from t2v.networks.autoencoder import Autoencoder
 
 R = TypeVar("R")
 
-# Values held at the decoder's peak for each pixel and each channel of its last layers, counted: 6, and a copy that
-# group norm makes on a GPU, where it does not know channels-last memory.
+# Number of values that the decoder holds at its peak for each pixel and each channel of its last layers, counted: 6,
+# and a copy that torch's group norm makes on a GPU, where it does not support channels-last memory.
 PEAK_VALUES = 7
 
 
 class Retry(Protocol):
-    """Calls `attempt` with the first setting; may go on with the next one where memory ran out."""
+    """Calls `attempt` with the first setting; may try the next one if memory runs out."""
 
     def __call__(self, attempt: Callable[[int], R], settings: Iterable[int]) -> R: ...
 
@@ -32,14 +32,14 @@ class VAE:
     """The model's autoencoder for videos; applies the scale of the latents.
 
     Args:
-        max_chunk_pixels: pixels that are computed at once, at most; but always one frame at least.
-        is_asynchronous: whether the host enqueues work; the next chunk is then under way while the caller works on the
-            one before.
+        max_chunk_pixels: maximum number of pixels that are computed together, but at least one frame.
+        is_asynchronous: whether the host enqueues work. The device then computes the next chunk while the caller
+            handles the current one.
 
     Attributes:
         scale_factor: pixels per latent, along each side.
         channels: number of channels of a latent.
-        scale: factor of the latents that the denoiser sees.
+        scale: factor from the autoencoder's latents to those that the denoiser sees.
     """
 
     def __init__(self, autoencoder: Autoencoder, max_chunk_pixels: int, is_asynchronous: bool = False):
@@ -57,7 +57,7 @@ class VAE:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The autoencoder's."""
+        """The autoencoder's dtype."""
         return self.autoencoder.decoder.conv_out.weight.dtype
 
     def frames_per_chunk(self, height: int, width: int, chunk_pixels: int | None = None) -> int:
@@ -75,9 +75,9 @@ class VAE:
 
         Args:
             latents: (1, channels, F, h, w), any float dtype.
-            chunk_pixels: pixels decoded at once, at most; None is `max_chunk_pixels`.
-            retry: called with the start of a chunk's decoding and the numbers of frames to try, each half of the one
-                before. Later chunks keep the number that was reached.
+            chunk_pixels: maximum number of pixels decoded together; None is `max_chunk_pixels`.
+            retry: called with the function that starts a chunk and the numbers of frames to try, each half of the one
+                before. Later chunks keep the number that succeeded.
 
         Yields:
             (n, H, W, 3) uint8 RGB, F frames in all. Values are rounded to the nearest; the original truncated.
@@ -106,11 +106,11 @@ class VAE:
         chunk_pixels: int | None = None,
         on_chunk: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
-        """Encode frames chunk by chunk, as they are taken.
+        """Encode frames chunk by chunk, as they arrive.
 
         Args:
             frames: (H, W, 3) uint8 RGB.
-            chunk_pixels: pixels encoded at once, at most; None is `max_chunk_pixels`.
+            chunk_pixels: maximum number of pixels encoded together; None is `max_chunk_pixels`.
             on_chunk: called with the number of frames encoded so far.
 
         Returns:

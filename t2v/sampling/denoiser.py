@@ -20,7 +20,7 @@ class GuidedNetwork:
     They compute in float32 around the network.
 
     Args:
-        rows_at_once: rows of the guided pair that the network computes together, 1 or 2.
+        rows_at_once: number of rows of the guided pair that the network computes together, 1 or 2.
     """
 
     def __init__(self, network: Network, rows_at_once: int = 2):
@@ -72,7 +72,7 @@ class WindowTensors(NamedTuple):
 class Denoiser:
     """The denoising steps of one request: the step function of `sample`.
 
-    Everything in which steps differ is on the device before the first one; inside the loop the host waits for nothing.
+    Everything that differs between steps is on the device before the first step; inside the loop the host never waits.
 
     Args:
         predict, step: `GuidedNetwork.predict` and `.step`, or recordings of them.
@@ -141,6 +141,6 @@ class Denoiser:
         ]
 
     def _mixed(self, shares: list[float]) -> Tensor:
-        """(rows, n, d): the prompts by their shares. Mixed for each window; all of them would take gigabytes."""
+        """(rows, n, d), the prompts weighted by their shares; made per window, as all together would take gigabytes."""
         parts = [share * text_kv for share, text_kv in zip(shares, self.text_kv) if share]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

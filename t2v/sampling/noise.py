@@ -11,7 +11,7 @@ from t2v.sampling.timeline import Timeline
 def noise_stream(
     timeline: Timeline, shape: Sequence[int], seed: int, device: torch.device, pin_memory: bool = False
 ) -> Iterator[Tensor]:
-    """Endless unit normal noise, each (1, c, F, h, w) float32 on `device`. The first one starts the denoising.
+    """Yields unit normal noise without end, (1, c, F, h, w) float32 on `device`. The first is x_T.
 
     Args:
         pin_memory: copy through pinned memory, so that the host does not wait until a GPU has caught up.
@@ -24,9 +24,9 @@ def noise_stream(
 
 
 def initial_noise(timeline: Timeline, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Unit normal noise (1, c, F, h, w) float32: that of one window, then the same frames in another order.
+    """Unit normal noise (1, c, F, h, w) float32: that of one window, repeated with its frames in shuffled order.
 
-    Half a window is shuffled at a time. Distant windows then show the same things (FreeNoise; Qiu et al., arXiv
+    Half a window is shuffled at a time. Distant windows then show the same content (FreeNoise; Qiu et al., arXiv
     2310.15169).
     """
     size = timeline.window_size

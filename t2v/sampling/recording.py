@@ -19,7 +19,7 @@ from t2v.sampling.trace import Trace
 Function = Callable[..., tuple[Tensor, ...]]
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
 
-# Runs before a CUDA graph is recorded: the libraries choose their algorithms and allocate their workspaces in them.
+# Number of runs before a CUDA graph is recorded, in which the libraries choose algorithms and allocate workspaces.
 WARM_UPS = 2
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class CudaGraph:
     """A recording on a GPU, with the tensors that it reads and writes.
 
     Args:
-        inputs: give the shapes and dtypes; they are copied.
+        inputs: their shapes and dtypes are recorded; the values are copied.
         pool_of: another recording to share memory with. Both must never run at the same time.
     """
 
@@ -37,7 +37,7 @@ class CudaGraph:
         self.device = inputs[0].device
         self.inputs = [x.clone() for x in inputs]
         with torch.cuda.device(self.device):
-            # Only work of one stream can share memory.
+            # Recordings can share memory only if they run in one stream.
             self.stream: torch.cuda.Stream = pool_of.stream if pool_of else torch.cuda.Stream()
             caller = torch.cuda.current_stream()
             self.stream.wait_stream(caller)
@@ -68,7 +68,8 @@ class LaunchThrottle:
     Progress is then true, and cancelling takes effect within `ahead` steps. On a CPU it does nothing.
 
     Args:
-        ahead: steps enqueued that the GPU has not finished. With two, the GPU never waits for the host.
+        ahead: maximum number of enqueued steps that the GPU has not finished. With two, the GPU never waits for the
+            host.
     """
 
     def __init__(self, device: torch.device, ahead: int = 2):
@@ -77,7 +78,7 @@ class LaunchThrottle:
         self.issued: deque[torch.cuda.Event] = deque()
 
     def step_issued(self) -> None:
-        """To be called after each step was enqueued."""
+        """Call it after each step is enqueued."""
         if self.device.type == "cuda":
             self.issued.append(torch.cuda.Event(blocking=True))  # the thread sleeps while it waits
             self.issued[-1].record(torch.cuda.current_stream(self.device))
@@ -93,8 +94,8 @@ class RecordedFunction:
 
     Args:
         function: takes tensors only, all on one device; what it does depends on their shapes, not on their values.
-        max_recordings: number of recordings to keep; the least recently used one goes first.
-        min_calls: number of calls with the same shapes from which on a recording pays.
+        max_recordings: number of recordings to keep; the least recently used one is dropped first.
+        min_calls: number of calls with the same shapes from which a recording pays off.
 
     Attributes:
         upcoming_calls: number of calls with the same shapes that are still to come, including the next one.
@@ -125,15 +126,15 @@ class RecordedFunction:
         self.recordings.clear()
 
     def invalidate(self) -> None:
-        """To be called when the function's weights have changed: a trace may hold copies of them.
+        """Drop the recordings that may hold copies of the weights. Call it when the weights have changed.
 
-        A CUDA graph reads them where they are.
+        A trace may hold copies; a CUDA graph reads the weights in place.
         """
         for key in [key for key, recording in self.recordings.items() if isinstance(recording, Trace)]:
             del self.recordings[key], self.num_calls[key]
 
     def _record(self, key: Key, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether the function is recorded now. Running out of memory is the caller's to handle."""
+        """Record the function; returns whether that succeeded. An error that memory ran out is raised."""
         while len(self.recordings) >= self.max_recordings:
             self.recordings.popitem(last=False)
         try:
@@ -146,7 +147,7 @@ class RecordedFunction:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            log.warning("Runs without recordings, slower: %s", error)
+            log.warning("Recording failed; the work runs without recordings, slower: %s", error)
             self.clear()
             self.can_record = False
             return False

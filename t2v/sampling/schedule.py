@@ -23,8 +23,8 @@ class Schedule:
         alpha_bar: (T,) float64, cumulative product of 1 - beta, falling from nearly 1; T is 1000.
         prediction_type: what the network predicts, "epsilon" (noise) or "v_prediction" (velocity,
             alpha eps - sigma x_0; Salimans and Ho, arXiv 2202.00512).
-        spacing: "leading", "linspace" or "trailing" (Lin et al., arXiv 2305.08891, table 2); None where the config has
-            none, and each solver then takes its own: DDIM leading, the others linspace.
+        spacing: "leading", "linspace" or "trailing" (Lin et al., arXiv 2305.08891, table 2); None if the config has
+            none. Each solver then uses its own: DDIM leading, the others linspace.
         steps_offset: added to the timesteps of leading spacing.
         set_alpha_to_one: whether DDIM's last step ends at alpha_bar 1 rather than at alpha_bar[0].
     """

@@ -2,13 +2,13 @@
 
 In every step the denoiser runs on overlapping windows of frames. Where windows overlap, its predictions are averaged
 (MultiDiffusion; Bar-Tal et al., arXiv 2302.08113), with more weight in the middle of a window than at its borders. The
-windows move from step to step, so that no pair of neighbouring frames is always divided. A loop is a timeline bent into
-a circle.
+windows move from step to step, so that no pair of neighbouring frames is separated in every step. A loop is a timeline
+bent into a circle.
 """
 
 from dataclasses import dataclass
 
-SHIFT = 3  # frames that the windows move between two steps; no divisor of a common half window
+SHIFT = 3  # number of frames that the windows move between two steps; no divisor of a common half window
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Window:
 
     Attributes:
         start: index of the first frame.
-        frames: indices of all frames, in order. In a loop they may pass the end and go on at 0.
+        frames: indices of all frames, in order. In a loop they may pass the end and continue at 0.
         weights: weight of the prediction for each frame, 0 to 1.
     """
 
@@ -40,12 +40,12 @@ class Timeline:
 
     @property
     def is_single_window(self) -> bool:
-        """Whether every step is one run over all frames in order."""
+        """Whether every step is one call of the network with all frames in order."""
         return self.num_frames <= self.window and not self.loop
 
     @property
     def window_size(self) -> int:
-        """Number of frames of one run."""
+        """Number of frames in one call of the network."""
         return min(self.num_frames, self.window)
 
     def starts(self, step: int) -> list[int]:

@@ -17,7 +17,7 @@ class Trace:
     """A recording on the CPU.
 
     Args:
-        inputs: of the first call. What was computed while they were traced is the result of that call.
+        inputs: of the first call. Tracing computes the result of that call too, and it is kept for it.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]):

@@ -1,9 +1,10 @@
 """Ends a server whose worker process has died, so that the platform restarts it.
 
 A workaround for Cog 0.23 (https://github.com/replicate/cog), whose server survives the crash of its worker and then
-answers 409 for ever; it can go once Cog exits in that case. The watchdog is a small process, started by the worker
-(`start`). In an ordinary shutdown the server ends within 0.1 s of the worker; after a crash it stays. The watchdog also
-removes the temporary directory of a killed worker. It runs this file alone, with the standard library.
+answers 409 for ever. It can go when Cog exits in that case, as it once did
+(https://github.com/replicate/cog/issues/722). The watchdog is a small process, started by the worker (`start`). In an
+ordinary shutdown the server ends within 0.1 s of the worker; after a crash it stays. The watchdog also removes the
+temporary directory of a killed worker. It runs this file alone, with the standard library.
 """
 
 import contextlib
