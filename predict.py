@@ -24,7 +24,7 @@ from cog import BasePredictor, Input, Path, streaming
 
 from t2v import __version__, device
 from t2v.engine import Engine, OnPreview, ignore
-from t2v.errors import InvalidRequest, T2VError
+from t2v.errors import InvalidRequest, OutOfMemory, T2VError
 from t2v.media.decode import read_frames
 from t2v.media.encode import write_video
 from t2v.request import Request
@@ -192,8 +192,11 @@ class Predictor(BasePredictor):
             yield
         except InvalidRequest:
             raise
-        except T2VError:
+        except T2VError as error:
             log_traceback()
+            if isinstance(error, OutOfMemory) and self.engine.device.type == "cpu":
+                # If there was no memory for a kernel's code, oneDNN creates no further kernel in that thread.
+                self.worker.restart()
             raise
         except Exception as error:
             log_traceback()

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2v import memory
+from t2v import device as devices
 from t2v.engine import Engine
+from t2v.media.encode import write_video
 from t2v.request import Request
-from t2v.video import write_video
 
 PROMPT = "a red circle moving right on a black background"
 WINDOWS = "ours, windows"  # the arm that denoises in windows, and so makes another video
@@ -125,7 +125,6 @@ class Process:
 def _answer_requests(pipe: Any, name: str, setting: Setting) -> None:
     warnings.simplefilter("ignore")
     arm = setting.arm(name)
-    cuda = setting.device.startswith("cuda")
     while True:
         try:
             request = pipe.recv()
@@ -133,8 +132,8 @@ def _answer_requests(pipe: Any, name: str, setting: Setting) -> None:
             return
         if request:
             pipe.send(arm(request))
-        else:  # the memory of a CUDA graph is not allocated while it is played back, but it is reserved
-            pipe.send((torch.cuda.max_memory_reserved() if cuda else memory.peak(torch.device("cpu")) or 0) / 2**30)
+        else:
+            pipe.send((devices.peak_memory(torch.device(setting.device)) or 0) / 2**30)
 
 
 def ours(engine: Engine, window: int | None = None) -> Arm:
@@ -157,7 +156,7 @@ def ours(engine: Engine, window: int | None = None) -> Arm:
                 marks.append(now(device))
                 began = time.thread_time()
 
-        latents = engine.denoised(request, progress)
+        latents = engine.denoise(engine.prepare(request).passes[0], on_progress=progress)
         host = time.thread_time() - began
         marks.append(now(device))
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bench.arms import WINDOWS, Arm, Run
-from t2v.engine import MOST_AT_ONCE
+from t2v.job import MAX_FRAMES_AT_ONCE
 from t2v.request import Request
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense half precision
@@ -54,7 +54,7 @@ def compare(
             "latents_error": error(made[0].latents, base[0].latents),
             "frames_psnr": psnr(made[0].frames, base[0].frames),
         }
-        if not name.startswith("ours") or request.num_frames <= MOST_AT_ONCE:
+        if not name.startswith("ours") or request.num_frames <= MAX_FRAMES_AT_ONCE:
             result[name]["gate"] = passes(result[name], result["stock"])
     return result
 

@@ -1,12 +1,36 @@
-"""Measure on a GPU, in one command made of parts.
+"""Measure on a GPU. One command answers everything that only a GPU can answer, in parts:
 
-    python -m bench.gpu --out outputs/gpu                      # all parts, in the order of their value
-    python -m bench.gpu --parts env,weights,default --budget 120
-    python -m bench.gpu --rehearse                             # on the CPU, demo model, minimal sizes
+    python -m bench.gpu --out outputs/gpu
 
-Every part has a time limit. If a part fails or runs out of time, its findings so far are kept, the reason is recorded,
-and the next part begins. OUT/results.json is rewritten after every part; a part that is done there does not run again,
-unless --again is given. OUT/tables.md holds the tables for docs/performance.md.
+Run it on one H100 or H200 that nobody else uses. Nothing has to be downloaded: the part `weights` writes the 1.7B model
+with random weights (3.7 GB in /tmp), which is as fast as the trained one. Each part has a time limit; those of the
+standard parts add up to 12 minutes. After `--budget SECONDS` no part begins. If a part fails or runs out of time, its
+findings so far are kept, the reason is recorded, and the next part begins.
+
+OUT/results.json is rewritten after every part. A part that is done there does not run again, unless --again is given;
+the same command therefore continues a run that was cut off. OUT/tables.md holds the tables for docs/performance.md. The
+command ends with 1 if a part is not done.
+
+What the parts decide:
+
+    default  how many times as fast as stock a request is, in seconds from the prompt to the verified MP4, and the peak
+             of memory. Before the kernels of `t2v.networks.fused`: 2.69 s against 3.28 s on an H200.
+    profile  what a step spends its time on: products, convolutions, norms, copies, attention, gaps between launches.
+    levers   which kernel earns its code, and which other formulation would be faster than the one in the network.
+    gates    whether our error in half precision is at most 1.1 times stock's.
+    tests    whether tests/test_cuda.py passes: CUDA graphs, windows, LoRA, cancelling, the plan of memory.
+    sweep    the time of a step at other sizes, and whether the plan of memory (`t2v.budget`) holds.
+    overlap  what it saves to encode while the next frames are decoded.
+    micro    single layers, in several ways.
+    setup    seconds of fresh processes until they are ready, and of their first and second video.
+
+Two parts take many minutes and run only if they are named: `compile` (our network through torch.compile) and
+`compiled-stock` (the default request by stock with its network compiled). Before a GPU is at hand, rehearse. With
+little time, begin with the parts that tell most:
+
+    python -m bench.gpu --rehearse          # the same code on the CPU: demo model, minimal sizes
+    python -m bench.gpu --parts env,weights,default,profile,levers --budget 120
+    python -m bench.gpu --parts compiled-stock
 """
 
 import argparse
@@ -24,7 +48,7 @@ from pathlib import Path
 import torch
 
 from bench.lab import Lab
-from bench.parts import PARTS, TEST_RUN, Part, Result
+from bench.parts import PARTS, Part, Result
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("env", "default", "levers", "gates", "sweep", "overlap", "setup")  # parts whose tables a terminal shows
@@ -72,8 +96,6 @@ def run(lab: Lab, names: list[str], out: Path, budget: float, again: bool = Fals
     began = time.perf_counter()
     todo = [name for name in names if again or results.get(name, {}).get("status") != "done"]
     for name in todo:
-        if name == "weights" and "tests" in todo:
-            TEST_RUN.start(lab)  # at the same time: nothing that is timed suffers
         spent = time.perf_counter() - began
         if spent > budget:
             results[name] = {"status": "not begun"}

@@ -3,10 +3,10 @@
 import json
 import re
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -23,13 +23,22 @@ OPERATIONS = (
 )
 # A CUDA graph does not say which operation a kernel came from; there the kernel's name decides.
 KERNELS = (
-    ("attention", re.compile(r"flash|fmha|sdpa|attention|softmax", re.IGNORECASE)),
+    ("attention", re.compile(r"flash|fmha|sdpa|attention|softmax|^attend$", re.IGNORECASE)),
+    ("norm", re.compile(r"^(small_norm|norm_rows|add_up|finish|apply)$")),  # of t2v.networks.triton_kernels
     ("conv", re.compile(r"conv|implicit_gemm|fprop|dgrad|wgrad", re.IGNORECASE)),
     ("GEMM", re.compile(r"gemm|gemv|nvjet|cutlass|splitK|cublas", re.IGNORECASE)),
     ("norm", re.compile(r"norm|moments|FusedParams|welford", re.IGNORECASE)),
     ("copy", re.compile(r"copy|index|repeat|fill", re.IGNORECASE)),
 )
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+class Launch(NamedTuple):
+    """A kernel, the torch operation that launched it, and the shapes of its inputs."""
+
+    kernel: str
+    operation: str | None
+    shapes: list[list[int]]
 
 
 def kind(kernel: str, operation: str | None = None) -> str:
@@ -45,8 +54,12 @@ def kind(kernel: str, operation: str | None = None) -> str:
     return "elementwise"
 
 
-def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
+def profile(function: Callable[[], Any], cuda: bool, known: list[Launch] | None = None) -> dict[str, Any]:
     """Call the function once under the profiler, after one call that warms it up.
+
+    Args:
+        known: launches of earlier profiles; those of this one are added. A CUDA graph does not say which operations its
+            kernels came from. They are taken from the earlier launches of the same kernels, in the same order.
 
     Returns:
         `kernels`: the number of kernels. `busy_ms`: the time in which at least one kernel ran. `kinds`: milliseconds by
@@ -63,10 +76,10 @@ def profile(function: Callable[[], Any], cuda: bool) -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return summarise(events, cuda)
+    return summarise(events, cuda, known)
 
 
-def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, Any]:
+def summarise(events: Iterable[dict[str, Any]], cuda: bool = True, known: list[Launch] | None = None) -> dict[str, Any]:
     """The result of `profile`, from the events of a Chrome trace, whose times are microseconds."""
     complete = [event for event in events if event.get("ph") == "X"]
     operations = {
@@ -76,12 +89,21 @@ def summarise(events: Iterable[dict[str, Any]], cuda: bool = True) -> dict[str, 
         kernels = [event for event in complete if event.get("cat") in ON_DEVICE]
     else:
         kernels = _without_children([event for event in complete if event.get("cat") == "cpu_op"])
+    kernels.sort(key=lambda event: event["ts"])
+    earlier: dict[str, deque[Launch]] = defaultdict(deque)
+    for launch in known or []:
+        earlier[launch.kernel].append(launch)
+    is_graph = cuda and not any(event.get("args", {}).get("External id") in operations for event in kernels)
     kinds: dict[str, float] = defaultdict(float)
     lines: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in kernels:
         operation = operations.get(event.get("args", {}).get("External id"))
         name = operation["name"] if operation else None
         shapes = [s for s in operation["args"].get("Input Dims", []) if s][:2] if operation else []
+        if is_graph and earlier[event["name"]]:
+            _, name, shapes = earlier[event["name"]].popleft()
+        elif known is not None and not is_graph:
+            known.append(Launch(event["name"], name, shapes))
         kinds[kind(event["name"], name)] += event["dur"] / 1e3
         lines[event["name"][:90], name or "", json.dumps(shapes)].append(event["dur"] / 1e3)
     longest = sorted(lines.items(), key=lambda item: -sum(item[1]))[:25]

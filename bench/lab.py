@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bench.arms import PROMPT, Arm, guidance_scale, load_pipeline, ours, stock
 from t2v.engine import Engine
+from t2v.networks.unet3d import UNet3D
 from t2v.request import Request
-from t2v.unet3d import UNet3D
+from t2v.sampling.noise import noise_stream
 
 TIMESTEP = 500  # of the timed step
 
@@ -38,7 +39,7 @@ class Step:
 
     def network(self, unet: UNet3D) -> Tensor:
         """The network's two predictions, (2, 4, F, h, w)."""
-        return unet.run(self.latents.to(self.timestep_terms.dtype), self.timestep_terms, self.text_kv)
+        return unet.forward_projected(self.latents.to(self.timestep_terms.dtype), self.timestep_terms, self.text_kv)
 
 
 @dataclass
@@ -96,8 +97,8 @@ class Lab:
     def step(self, engine: Engine, request: Request, timestep: int = TIMESTEP) -> Step:
         """The inputs of one step of the request."""
         context = engine.text.encode(["", PROMPT])
-        terms = engine.unet.moments(torch.tensor([timestep], device=engine.device))
-        return Step(engine.noise(request), terms, context, engine.unet.condition(context))
+        terms = engine.unet.project_timesteps(torch.tensor([timestep], device=engine.device))
+        return Step(noise(engine, request), terms, context, engine.unet.project_text(context))
 
     def drop_exact(self) -> None:
         """Free the float32 model."""
@@ -110,6 +111,12 @@ class Lab:
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def noise(engine: Engine, request: Request) -> Tensor:
+    """The noise that the first pass of a request starts from, (1, 4, F, h, w) float32."""
+    pass_ = engine.prepare(request).passes[0]
+    return next(noise_stream(pass_.timeline, pass_.latent_shape, pass_.seed, engine.device))
 
 
 def milliseconds(functions: Sequence[Callable[[], Any]], cuda: bool, repeats: int = 10, warmups: int = 2) -> float:

@@ -1,6 +1,9 @@
-"""Switches and formulations between which only a GPU can decide, tried one by one.
+"""Formulations between which only a GPU can decide, tried one by one on a step of the network.
 
-A lever is a context in which the network is patched; the engine itself does not change.
+The base is the network as it is, with its Triton kernels (`t2v.networks.fused`). A lever is a context that turns a
+kernel off, or patches the network to compute something in another way; the engine itself does not change. A lever that
+takes less time than the base is a proposal: what it does belongs into the network. A kernel whose row "in torch" takes
+no more time than the base is not worth its code.
 """
 
 import contextlib
@@ -17,26 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import kernels
 from bench.lab import Lab, Step, milliseconds, relative_error, wall_milliseconds
-from t2v import unet3d
-from t2v.convolution import Upsample
 from t2v.engine import Engine
-from t2v.unet3d import (
-    Attention,
-    FeedForward,
-    ResBlock,
-    TemporalConv,
-    TemporalConvs,
-    TemporalTransformer,
-    TransformerBlock,
-    UNet3D,
-)
+from t2v.networks import fused, unet3d
+from t2v.networks.layers import Upsample
+from t2v.networks.transformer import Attention, FeedForward
+from t2v.networks.unet3d import UNet3D
+from t2v.request import Request
 
 Lever = Callable[[UNet3D], AbstractContextManager[Any]]
-
-SHORT = 64  # frames, at most, of a sequence along the frames
-CHUNK = 256  # pixels that one reduction adds up
 
 
 @contextlib.contextmanager
@@ -50,228 +42,41 @@ def attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
         setattr(thing, name, before)
 
 
-# Group norms of (n, c, h, w) whose memory is channels last.
-
-
-def group_norm_by_sums(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Compute the statistics in float32, from sums and Euclidean norms over chunks of pixels."""
-    n, c, h, w = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
-    length = CHUNK if (h * w) % CHUNK == 0 else h * w
-    chunks = pixels.view(n, -1, length, c)
-    sums = chunks.sum(2, dtype=torch.float32).view(n, -1, groups, c // groups).sum((1, 3))
-    norms = torch.linalg.vector_norm(chunks, dim=2, dtype=torch.float32).square()
-    squares = norms.view(n, -1, groups, c // groups).sum((1, 3))
-    mean = sums / (h * w * c // groups)
-    variance = squares / (h * w * c // groups) - mean.square()
-    return _apply(x, mean, variance, weight, bias, eps)
-
-
-def group_norm_by_moments(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Compute mean and variance of chunks of pixels, and combine them."""
-    n, c, h, w = x.shape
-    length = CHUNK if (h * w) % CHUNK == 0 else h * w
-    chunks = x.permute(0, 2, 3, 1).reshape(n, -1, length, groups, c // groups)
-    variances, means = torch.var_mean(chunks, dim=(2, 4), correction=0)
-    variances, means = variances.float(), means.float()
-    variance = variances.mean(1) + means.var(1, correction=0)
-    return _apply(x, means.mean(1), variance, weight, bias, eps)
-
-
-def _apply(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """One scale and one shift for every channel of every image, from statistics (n, groups)."""
-    n, c = x.shape[:2]
-    scale = ((variance + eps).rsqrt()[:, :, None] * weight.view(mean.shape[1], -1)).view(n, c)
-    shift = bias - (mean[:, :, None] * scale.view(n, mean.shape[1], -1)).view(n, c)
-    return torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, scale.to(x.dtype)[:, :, None, None])
-
-
-def norms_by(function: Callable[..., Tensor]) -> Lever:
-    def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        return function(x, self.num_groups, self.weight, self.bias, self.eps)
-
-    return lambda unet: patch.object(nn.GroupNorm, "forward", forward)
+def in_torch(*kernels: str) -> Lever:
+    """Without these Triton kernels."""
+    return lambda unet: fused.without(*kernels)
 
 
 @contextlib.contextmanager
-def fused_norms(unet: UNet3D) -> Iterator[None]:
-    """Run every group norm, and the SiLU that follows it, as the Triton kernels of `t2v.groupnorm_triton`."""
-    from t2v.groupnorm_triton import group_norm
-
-    activated: set[nn.Module] = {unet.conv_norm_out}
-    for module in unet.modules():
-        if isinstance(module, ResBlock):
-            activated |= {module.norm1, module.norm2}
-        if isinstance(module, TemporalConvs):
-            activated |= {
-                next(iter(stage.values())) for stage in (module.conv1, module.conv2, module.conv3, module.conv4)
-            }
-
-    def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=self in activated)
-
-    class Functional:
-        """torch.nn.functional without SiLU, which the kernels have applied."""
-
-        def __getattr__(self, name: str) -> Any:
-            return (lambda x: x) if name == "silu" else getattr(F, name)
-
-    with patch.object(nn.GroupNorm, "forward", forward), patch.object(unet3d, "F", Functional()):
-        yield
-
-
-@contextlib.contextmanager
-def fused_norms_and_biases(unet: UNet3D) -> Iterator[None]:
-    """Like `fused_norms`; and the norms and residual additions also add the biases of the convolutions before them,
-    which cuDNN leaves to a kernel of their own."""
-    from bench.fused import add
-    from t2v.groupnorm_triton import group_norm
-
-    def norm_silu(norm: nn.Module, x: Tensor, added: Tensor | None = None) -> Tensor:
-        norm = cast(nn.GroupNorm, norm)
-        return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, added=added)
-
-    def residual(self: ResBlock, x: Tensor, signals: dict[nn.Module, Any]) -> Tensor:
-        images = unet3d.frames(x)
-        h = self.conv1(norm_silu(self.norm1, images))
-        h = self.conv2(norm_silu(self.norm2, h, signals[self] + biases[self.conv1]))
-        shortcut = images if self.conv_shortcut is None else self.conv_shortcut(images)
-        return unet3d.unframes(add(h, shortcut, biases[self.conv2]), x.shape[0])
-
-    def temporal(self: TemporalConvs, x: Tensor) -> Tensor:
-        image = h = x.flatten(2, 3).permute(0, 3, 1, 2)
-        added = None
-        for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
-            norm, conv = stage.values()
-            h = conv(norm_silu(norm, h, added))
-            added = biases[conv][None]
-        return add(h, image, biases[conv]).permute(0, 2, 3, 1).view(x.shape)
-
-    biases: dict[nn.Module, Any] = {}
-    for module in unet.modules():
-        if isinstance(module, ResBlock):
-            biases |= {conv: conv.bias for conv in (module.conv1, module.conv2)}
-        if isinstance(module, TemporalConv):
-            biases[module] = module.bias
-    for module in biases:
-        setattr(module, "bias", None)  # noqa: B010 - a type checker knows no module without one
-    try:
-        with (
-            fused_norms(unet),
-            patch.object(ResBlock, "forward", residual),
-            patch.object(TemporalConvs, "forward", temporal),
-        ):
-            yield
-    finally:
-        for module, bias in biases.items():
-            module.bias = bias
-
-
-def fused_layer_norms(unet: UNet3D) -> AbstractContextManager[Any]:
-    """Run layer norms as the Triton kernel."""
-    from bench.fused import layer_norm
-
-    def forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
-        return layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
-
-    return patch.object(nn.LayerNorm, "forward", forward)
-
-
-def fused_feed_forward(unet: UNet3D) -> AbstractContextManager[Any]:
-    """Compute a feed-forward's value and gate by one linear layer, and join them in one Triton kernel."""
-    from bench.fused import geglu
-
-    def forward(self: FeedForward, x: Tensor) -> Tensor:
-        first, out = cast(nn.ModuleDict, self.net["0"]), self.net["2"]
-        return out(geglu(first["proj"](x)))
-
-    return patch.object(FeedForward, "forward", forward)
-
-
-# Temporal attention.
-
-
-def temporal_attention_memory_efficient(unet: UNet3D) -> AbstractContextManager[Any]:
-    """Use torch's memory-efficient kernel where sequences are short, which are those along the frames."""
+def short_attention_by(backend: SDPBackend) -> Iterator[None]:
+    """Attend within short sequences, which are those along the frames, by one of torch's kernels."""
     attend = Attention.attend
 
     def forward(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[2] > SHORT or k.shape[2] > SHORT:
-            return attend(self, q, k, v)
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(backend) if q.shape[2] <= fused.SHORT else contextlib.nullcontext():
             return attend(self, q, k, v)
 
-    return patch.object(Attention, "attend", forward)
-
-
-def temporal_attention_in_place(unet: UNet3D) -> AbstractContextManager[Any]:
-    """Attend along the frames in a Triton kernel that reads them where they are, without gathering them."""
-    from bench.fused import TEMPORAL_LENGTHS, temporal_attention
-
-    original = TemporalTransformer.forward
-
-    def attention(layer: Attention, tokens: Tensor) -> Tensor:
-        y = temporal_attention(layer.to_q(tokens), layer.to_k(tokens), layer.to_v(tokens), layer.heads)
-        return layer.to_out[0](y)
-
-    def forward(self: TemporalTransformer, x: Tensor) -> Tensor:
-        if x.shape[1] not in TEMPORAL_LENGTHS:
-            return original(self, x)
-        block = cast(TransformerBlock, self.transformer_blocks[0])
-        h = self.proj_in(unet3d.video_norm(self.norm, x)).flatten(2, 3)
-        h = h + attention(block.attn1, block.norm1(h))
-        h = h + attention(block.attn2, block.norm2(h))
-        h = h + block.ff(block.norm3(h))
-        return x + self.proj_out(h).view(x.shape)
-
-    return patch.object(TemporalTransformer, "forward", forward)
-
-
-# Temporal convolutions of (b, c, F, pixels), channels last.
+    with fused.without("attention"), patch.object(Attention, "attend", forward):
+        yield
 
 
 def temporal_by_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve in three dimensions, channels last."""
+    """Convolve in three dimensions, channels last.
+
+    Args:
+        x: (b, c, F, pixels), channels last.
+        weight: (c, c, 3, 1).
+    """
     b, c, n, pixels = x.shape
     side = math.isqrt(pixels)
     shape = (side, side) if side * side == pixels else (pixels, 1)
-    rows = x.permute(0, 2, 3, 1).view(b, n, *shape, c).permute(0, 4, 1, 2, 3)
-    y = F.conv3d(rows, weight, bias, padding=(1, 0, 0))
+    rows = x.permute(0, 2, 3, 1).reshape(b, n, *shape, c).permute(0, 4, 1, 2, 3)
+    y = F.conv3d(rows, weight[..., None], bias, padding=(1, 0, 0))
     return y.permute(0, 2, 3, 4, 1).reshape(b, n, pixels, -1).permute(0, 3, 1, 2)
 
 
-def temporal_by_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Add up three matrix products of shifted frames."""
-    rows = x.permute(0, 2, 3, 1)  # (b, F, pixels, c)
-    before, here, after = weight[:, :, :, 0, 0].unbind(2)
-    y = F.linear(rows, here, bias)
-    if rows.shape[1] > 1:
-        y[:, 1:] += F.linear(rows[:, :-1], before)
-        y[:, :-1] += F.linear(rows[:, 1:], after)
-    return y.permute(0, 3, 1, 2)
-
-
-def temporal_by_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Copy three frames side by side, for one matrix product."""
-    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1))
-    patches = torch.cat([rows[:, :-2], rows[:, 1:-1], rows[:, 2:]], dim=-1)
-    flat = weight[:, :, :, 0, 0].permute(0, 2, 1).reshape(weight.shape[0], -1)
-    return F.linear(patches, flat, bias).permute(0, 3, 1, 2)
-
-
-def temporal_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve as the engine does."""
-    return F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
-
-
-def temporal_by(function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Lever:
-    def forward(self: TemporalConv, image: Tensor) -> Tensor:
-        return function(image, self.weight, self.bias)
-
-    return lambda unet: patch.object(TemporalConv, "forward", forward)
-
-
-# Linear layers.
+def temporal_convolutions_in_3d(unet: UNet3D) -> AbstractContextManager[Any]:
+    return patch.object(unet3d, "conv2d_same", temporal_by_conv3d)
 
 
 @contextlib.contextmanager
@@ -283,24 +88,23 @@ def one_product_for_qkv(unet: UNet3D) -> Iterator[None]:
             joined[module] = torch.cat([module.to_q.weight, module.to_k.weight, module.to_v.weight])
 
     def to_itself(self: Attention, x: Tensor) -> Tensor:
-        q, k, v = map(self.split, F.linear(x, joined[self]).chunk(3, dim=-1))
-        return self.to_out[0](self.attend(q, k, v))
+        q, k, v = F.linear(x, joined[self]).chunk(3, dim=-1)
+        y = fused.short_attention(q, k, v, self.heads)
+        return self.to_out[0](self.attend(*map(self.split, (q, k, v))) if y is None else y)
 
     with patch.object(Attention, "to_itself", to_itself):
         yield
 
 
-@contextlib.contextmanager
-def one_product_in_feed_forward(unet: UNet3D) -> Iterator[None]:
-    """Compute a feed-forward's value and gate by one linear layer."""
+def two_products_in_feed_forward(unet: UNet3D) -> AbstractContextManager[Any]:
+    """Compute a feed-forward's value and gate by two linear layers, as on a CPU, and join them in the kernel."""
 
     def forward(self: FeedForward, x: Tensor) -> Tensor:
-        first, out = cast(nn.ModuleDict, self.net["0"]), self.net["2"]
-        value, gate = first["proj"](x).chunk(2, dim=-1)
-        return out(value * F.gelu(gate))
+        proj, out = cast(nn.Linear, cast(nn.ModuleDict, self.net["0"])["proj"]), self.net["2"]
+        weights, biases = proj.weight.chunk(2), proj.bias.chunk(2)
+        return out(fused.geglu(*(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))))
 
-    with patch.object(FeedForward, "forward", forward):
-        yield
+    return patch.object(FeedForward, "forward", forward)
 
 
 @contextlib.contextmanager
@@ -320,32 +124,20 @@ def upsampling_interpolated(unet: UNet3D) -> Iterator[None]:
 matmul = torch.backends.cuda.matmul
 LEVERS: dict[str, Lever] = {
     "as it is": lambda unet: contextlib.nullcontext(),
-    "cudnn.benchmark": lambda unet: attribute(torch.backends.cudnn, "benchmark", True),
-    "group norm by sums": norms_by(group_norm_by_sums),
-    "group norm by moments": norms_by(group_norm_by_moments),
-    "group norm + SiLU in Triton": fused_norms,
-    "group norm + SiLU + biases in Triton": fused_norms_and_biases,
-    "layer norm in Triton": fused_layer_norms,
-    "feed-forward as one product, GEGLU in Triton": fused_feed_forward,
-    "temporal attention as memory-efficient attention": temporal_attention_memory_efficient,
-    "temporal attention as a Triton kernel": temporal_attention_in_place,
-    "temporal convolution as conv3d": temporal_by(temporal_by_conv3d),
-    "temporal convolution as three products": temporal_by(temporal_by_products),
-    "temporal convolution as one product": temporal_by(temporal_by_patches),
-    "upsampling interpolated": upsampling_interpolated,
+    **{f"{kernel} in torch": in_torch(kernel) for kernel in fused.KERNELS},
+    "all kernels in torch": in_torch(*fused.KERNELS),
+    "short attention: memory-efficient": lambda unet: short_attention_by(SDPBackend.EFFICIENT_ATTENTION),
+    "other attention: flash": lambda unet: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+    "temporal convolution as conv3d": temporal_convolutions_in_3d,
     "q, k, v as one product": one_product_for_qkv,
-    "feed-forward as one product": one_product_in_feed_forward,
-    "attention: flash": lambda unet: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-    "attention: memory-efficient": lambda unet: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
-    "attention: cuDNN": lambda unet: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
-    "attention: plain": lambda unet: sdpa_kernel(SDPBackend.MATH),
-    "attention: flash, else memory-efficient": lambda unet: sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    ),
+    "feed-forward as two products": two_products_in_feed_forward,
+    "upsampling interpolated": upsampling_interpolated,
+    "cudnn.benchmark": lambda unet: attribute(torch.backends.cudnn, "benchmark", True),
     "products accumulated in float16": lambda unet: attribute(matmul, "allow_fp16_accumulation", True),
-    "products reduced in float32": lambda unet: attribute(matmul, "allow_fp16_reduced_precision_reduction", False),
 }
 LESS_EXACT = ("products accumulated in float16",)
+# Levers that a rehearsal leaves out: kernels that no CPU runs, backends that it does not have.
+ONLY_ON_CUDA = {name for name in LEVERS if name.endswith("in torch") or "attention: " in name}
 
 
 @torch.inference_mode()
@@ -379,28 +171,22 @@ def try_levers(lab: Lab, result: dict[str, Any]) -> None:
     rows.clear()
     base = measured("as it is", LEVERS["as it is"])
     for name, lever in LEVERS.items():
-        if name != "as it is" and (lab.cuda or "Triton" not in name):
+        if name != "as it is" and (lab.cuda or name not in ONLY_ON_CUDA):
             measured(name, lever)
-    # Levers of one family exclude one another: take the fastest.
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows[1:]:
-        family = row["lever"].split(":")[0].split(" as ")[0].split(" by ")[0].split(" + ")[0]
-        gained = row.get("ms", 1e9) < 0.995 * base["ms"] and row["lever"] not in LESS_EXACT
-        if gained and row["ms"] < best.get(family, {"ms": 1e9})["ms"]:
-            best[family] = row
-    result["together"] = [row["lever"] for row in best.values()]
+    # Only what gains on its own, and is as exact.
+    helped = [row["lever"] for row in rows[1:] if row.get("ms", 1e9) < 0.995 * base["ms"]]
+    helped = [name for name in helped if name not in LESS_EXACT and not name.startswith("all kernels")]
+    result["together"] = helped
 
     @contextlib.contextmanager
     def together(unet: UNet3D) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for row in best.values():
-                stack.enter_context(LEVERS[row["lever"]](unet))
+            for name in helped:
+                stack.enter_context(LEVERS[name](unet))
             yield
 
-    measured("all that helped, together", together)
-    with together(unet):
-        result["profile"] = kernels.profile(lambda: step.network(unet), lab.cuda)
-    print("\n".join(kernels.lines(result["profile"])), flush=True)
+    if len(helped) > 1:
+        measured("all that helped, together", together)
     measured("as it is, once more", LEVERS["as it is"])
 
     exactly = lab.step(lab.exact, request)
@@ -418,7 +204,7 @@ def allow_tf32(allowed: bool, unet: UNet3D | None = None) -> Iterator[None]:
         yield
 
 
-def exact_prediction(lab: Lab, request: Any) -> Tensor:
+def exact_prediction(lab: Lab, request: Request) -> Tensor:
     """The network's predictions for the timed step, in float32 without TF32."""
     with allow_tf32(False):
         return lab.step(lab.exact, request).network(lab.exact.unet)
@@ -426,7 +212,8 @@ def exact_prediction(lab: Lab, request: Any) -> Tensor:
 
 @torch.inference_mode()
 def compile_network(lab: Lab, result: dict[str, Any]) -> None:
-    """Time our network with torch.compile: the compilation, then a step as a CUDA graph and without one."""
+    """Time our network with torch.compile, without the kernels: the compilation, then a step as a CUDA graph and
+    without one."""
     step = lab.step(lab.engine, lab.request())
     latents = step.latents.to(lab.dtype)
     exact = exact_prediction(lab, lab.request())
@@ -436,8 +223,12 @@ def compile_network(lab: Lab, result: dict[str, Any]) -> None:
         torch.compiler.reset()
         row: dict[str, Any] = {"mode": mode}
         rows.append(row)
-        compiled = torch.compile(lab.engine.unet.run, mode=mode, dynamic=False)
-        call = partial(compiled, latents, step.timestep_terms, step.text_kv)
+        compiled = torch.compile(lab.engine.unet.forward_projected, mode=mode, dynamic=False)
+
+        def call(compiled: Callable[..., Tensor] = compiled) -> Tensor:
+            with fused.without(*fused.KERNELS):  # the compiler makes its own
+                return compiled(latents, step.timestep_terms, step.text_kv)
+
         start = time.perf_counter()
         try:
             row["error_to_float32"] = relative_error(call(), exact)

@@ -9,7 +9,6 @@ those that it reaches itself, so that errors do not add up. (Progressive distill
 
 import argparse
 import copy
-import json
 import math
 import time
 from pathlib import Path
@@ -19,10 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from demo.train import GUIDANCE_SCALE, SCHEDULER_CONFIG, captions, cosine, log, save, set_learning_rate
-from t2v.sampler import Schedule, guided, update
-from t2v.text import Text
-from t2v.unet3d import TemporalConv, UNet3D
+from demo.data import captions
+from demo.train import GUIDANCE_SCALE, SCHEDULER_CONFIG, cosine, log, save, set_learning_rate
+from t2v.checkpoints.folder import write_json
+from t2v.networks.prompt_encoder import PromptEncoder
+from t2v.networks.unet3d import TemporalConv, UNet3D
+from t2v.sampling.denoiser import guided
+from t2v.sampling.schedule import Schedule
+from t2v.sampling.solvers import solver_step, solver_steps
 
 TEACHER_STEPS = 40
 STEPS = 4
@@ -63,7 +66,9 @@ def borders() -> list[int]:
 
 
 @torch.no_grad()
-def trajectories(unet: UNet3D, text: Text, token_ids: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
+def trajectories(
+    unet: UNet3D, text: PromptEncoder, token_ids: Tensor, noise: Tensor, guidance: float, steps: int
+) -> Tensor:
     """States of guided DPM-Solver++ sampling.
 
     Args:
@@ -77,17 +82,17 @@ def trajectories(unet: UNet3D, text: Text, token_ids: Tensor, noise: Tensor, gui
     nothing = text.encode([""]).expand_as(context)
     dtype = unet.conv_out.weight.dtype
     both = torch.cat([nothing, context]).to(dtype)
-    x, others, states = noise, torch.zeros((2, *noise.shape), device=noise.device), []
-    for step in Schedule.from_config(SCHEDULER_CONFIG).steps("dpm++", steps):
+    x, history, states = noise, torch.zeros((2, *noise.shape), device=noise.device), []
+    for step in solver_steps(Schedule.from_config(SCHEDULER_CONFIG), "dpm++", steps):
         if step.t in borders():
             states.append(x)
         t = torch.full((2 * len(x),), step.t, device=x.device)
         prediction = guided(unet(torch.cat([x, x]).to(dtype), t, both).float(), guidance)
-        x, others = update(x, others, prediction, step.coefficients)
+        x, history = solver_step(x, history, prediction, step.coefficients)
     return torch.stack([*states, x])
 
 
-def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
+def train(args: argparse.Namespace, text: PromptEncoder, unet: UNet3D) -> None:
     """Train the adaptation and write it, in PEFT's format, to turbo/ in the model folder."""
     path = args.run / "turbo.pt"
     cuda = args.device.startswith("cuda")
@@ -107,7 +112,7 @@ def train(args: argparse.Namespace, text: Text, unet: UNet3D) -> None:
     states, ids = [], []
     start = time.monotonic()
     batch = min(args.turbo_batch, args.turbo_clips)
-    source = captions(args, text, batch, args.seed + 4)
+    source = captions(text, batch, args.seed + 4, args.workers)
     for i in range(0, args.turbo_clips, batch):
         generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + i)
         token_ids = next(source).token_ids.to(args.device)
@@ -180,7 +185,7 @@ def write(layers: dict[str, LowRank], folder: Path) -> None:
         "alpha_pattern": ranks,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "bias": "none",
-        "_t2v_distilled": {"name": "t2v-demo-turbo", "solver": "ddim", "steps": STEPS},
+        "_t2v_distilled": {"name": "t2v-demo-turbo", "solver": "ddim", "default_steps": STEPS, "max_steps": 8},
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "adapter_config.json", config)
     print(f"wrote {folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")

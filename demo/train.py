@@ -16,11 +16,9 @@ How much is computed depends on the device: see `RECIPES`.
 import argparse
 import contextlib
 import copy
-import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,18 +26,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig as ReferenceConfig
+from transformers import CLIPTextModel
 
 from demo import world
-from t2v import clip, weights
-from t2v.convert import COMPONENTS
-from t2v.sampler import Schedule
-from t2v.text import END, LENGTH, PAD, START, Text, load_tokenizer
-from t2v.unet3d import UNet3D, UNet3DConfig
+from demo.data import TOLD, Pool, add_noise_words, captions, random_frames
+from t2v.checkpoints.folder import NetworkFiles, write_manifest, write_model
+from t2v.networks.clip import CLIPText, CLIPTextConfig
+from t2v.networks.prompt_encoder import BOS, EOS, MAX_TOKENS, PAD, PromptEncoder, load_tokenizer
+from t2v.networks.unet3d import UNet3D, UNet3DConfig
+from t2v.sampling.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDANCE_SCALE = 2.0  # where the trained model scores best
@@ -68,12 +67,12 @@ TEXT_CONFIG: dict[str, Any] = {
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": LENGTH,
+    "max_position_embeddings": MAX_TOKENS,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
     "projection_dim": 64,
-    "bos_token_id": START,
-    "eos_token_id": END,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
 UNET_CONFIG: dict[str, Any] = {
@@ -155,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "weights" / "demo", help="folder of the trained model")
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="folder of the checkpoints")
+    parser.add_argument("--init", type=Path, help="a trained model to go on from, in place of a random one")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "weights" / "demo" / "tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -182,11 +182,14 @@ def main() -> None:
     args.deadline = time.monotonic() + 60 * args.minutes
     torch.manual_seed(args.seed)
 
-    encoder = clip.CLIPText(clip.CLIPTextConfig.from_dict(TEXT_CONFIG))
-    encoder.load_state_dict(CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)).state_dict())  # CLIP's own random start
-    text = Text(load_tokenizer(args.tokenizer), encoder)
+    encoder = CLIPText(CLIPTextConfig.from_dict(TEXT_CONFIG))
+    encoder.load_state_dict(CLIPTextModel(ReferenceConfig(**TEXT_CONFIG)).state_dict())  # CLIP's own random start
+    text = PromptEncoder(load_tokenizer(args.tokenizer), encoder)
     vae = AutoencoderKL(**VAE_CONFIG).to(args.device, memory_format=torch.channels_last)
     stages = args.stages.split(",")
+    if args.init:
+        adopt(args, "vae", "vae/diffusion_pytorch_model.safetensors")
+        adopt(args, "text", "text_encoder/model.safetensors")
     if "vae" in stages:
         stage(args, "vae", vae, train_vae)
     if "text" in stages:
@@ -211,6 +214,12 @@ def stage(args: argparse.Namespace, name: str, model: nn.Module, train: Callable
         train(args, model)
         save(model.state_dict(), path)
     model.eval().requires_grad_(False)
+
+
+def adopt(args: argparse.Namespace, name: str, file: str) -> None:
+    """Take a stage's result from the model given by --init."""
+    state = {key.removeprefix("text_model."): value.float() for key, value in load_file(args.init / file).items()}
+    save(state, args.run / f"{name}.pt")
 
 
 def save(state: object, path: Path) -> None:
@@ -283,7 +292,7 @@ def train_vae(args: argparse.Namespace, vae: AutoencoderKL) -> None:
             vae.zero_grad(set_to_none=True)
             if step % 50 == 0 or step == steps - 1:
                 psnr = 10 * math.log10(4 / float((y - x).detach().square().mean()))
-                log(phase, step, steps, start, loss=float(loss), kl=float(kl), psnr=psnr)
+                log(phase, step, steps, start, loss=float(loss.detach()), kl=float(kl.detach()), psnr=psnr)
 
 
 @torch.no_grad()
@@ -304,71 +313,7 @@ def standardise(vae: AutoencoderKL, x: Tensor) -> None:
     after.weight *= std.view(1, -1, 1, 1)
 
 
-def random_frames(n: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
-    """(n, 3, H, W) pixels and (n, 1, H, W) masks: two frames of each of n / 2 clips."""
-    clips = world.random_clips(n // 2, generator, held_out=False).to(device)
-    picks = torch.randint(world.FRAMES, (2,), generator=generator).tolist()
-    pixels, masks = world.render(clips, picks)
-    return pixels.flatten(0, 1), masks.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """Clips with a sentence about each.
-
-    Attributes:
-        token_ids: (n, 77) int64.
-        told: (n, 6) int64, what the sentence says of colour, shape, motion, background, size and place, as indices;
-            the number of possible values where it does not say.
-    """
-
-    clips: world.Clips
-    token_ids: Tensor
-    told: Tensor
-
-
-TOLD = (*(len(values) for values in world.ATTRIBUTES.values()), len(world.SIZES), len(world.PLACES))
-
-
-class Captions(Dataset):
-    """An endless source of batches; batch i depends on the seed and on i alone."""
-
-    def __init__(self, text: Text, batch: int, seed: int, first: int = 0):
-        self.text, self.batch, self.seed, self.first = text, batch, seed, first
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def __getitem__(self, i: int) -> Captioned:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.first + i)
-        clips = world.random_clips(self.batch, generator, held_out=False)
-        sentences, told = zip(*(caption(clips, k, generator) for k in range(self.batch)))
-        return Captioned(clips, self.text.tokenize(list(sentences)), torch.tensor(told))
-
-
-def captions(args: argparse.Namespace, text: Text, batch: int, seed: int, first: int = 0) -> Iterator[Captioned]:
-    tokens = Text(text.tokenizer, text.encoder.__class__(text.encoder.config))  # workers need no weights on a GPU
-    source = Captions(tokens, batch, seed, first)
-    return iter(DataLoader(source, batch_size=None, num_workers=args.workers, sampler=range(len(source))))
-
-
-def caption(clips: world.Clips, i: int, generator: torch.Generator) -> tuple[str, tuple[int, ...]]:
-    """A sentence about clip i, and what it says, as in `Captioned.told`."""
-    style = float(torch.rand((), generator=generator))
-    words: list[str | None] = list(clips.words(i))
-    indices = [int(getattr(clips, name)[i]) for name in world.ATTRIBUTES]
-    if style < 0.45:
-        return world.sentence(*clips.words(i)), (*indices, len(world.SIZES), len(world.PLACES))
-    keep = torch.rand(6, generator=generator) >= torch.tensor([0.3 if style > 0.85 else 0.0] * 4 + [0.5] * 2)
-    size, place = clips.size_word(i), clips.place_word(i)
-    indices += [len(world.SIZES) if size is None else size, len(world.PLACES) if place is None else place]
-    words += [None if size is None else world.SIZES[size], None if place is None else world.PLACES[place]]
-    told = tuple(index if kept else count for index, kept, count in zip(indices, keep.tolist(), TOLD))
-    kept_words = [word if kept else None for word, kept in zip(words, keep.tolist())]
-    return world.paraphrase(*kept_words, generator=generator), told
-
-
-def train_text(args: argparse.Namespace, text: Text) -> None:
+def train_text(args: argparse.Namespace, text: PromptEncoder) -> None:
     """Teach every position after the sentence to carry all attributes, linearly.
 
     Cross-attention of a fresh denoiser looks at all 77 positions about evenly, and most of them are padding: what they
@@ -380,98 +325,29 @@ def train_text(args: argparse.Namespace, text: Text) -> None:
     parameters = [*text.encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     start = time.monotonic()
-    source = captions(args, text, args.text_batch, args.seed + 1)
+    source = captions(text, args.text_batch, args.seed + 1, args.workers)
     for step in range(args.text_steps):
         set_learning_rate(optimizer, 2e-3 * cosine(step / args.text_steps, 0.05))
         batch = next(source)
         ids = torch.stack([add_noise_words(row, generator) for row in batch.token_ids]).to(args.device)
         told = batch.told.to(args.device)
         logits = head(text.encoder(ids)).split(sizes, dim=-1)
-        after = ((ids == END).cumsum(1) > 0).float()
+        after = ((ids == EOS).cumsum(1) > 0).float()
         loss = torch.zeros((), device=args.device)
         right = []
         for values, target in zip(logits, told.unbind(1)):
-            each = F.cross_entropy(values.transpose(1, 2), target[:, None].expand(-1, LENGTH), reduction="none")
+            each = F.cross_entropy(values.transpose(1, 2), target[:, None].expand(-1, MAX_TOKENS), reduction="none")
             loss = loss + (each * after).sum() / after.sum()
             right.append((values[:, -1].argmax(-1) == target).float().mean())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == args.text_steps - 1:
-            log("text", step, args.text_steps, start, loss=float(loss), accuracy=float(torch.stack(right).mean()))
+            accuracy = float(torch.stack(right).mean())
+            log("text", step, args.text_steps, start, loss=float(loss.detach()), accuracy=accuracy)
 
 
-def add_noise_words(ids: Tensor, generator: torch.Generator) -> Tensor:
-    """In one sentence of four, up to three random tokens at random places."""
-    if int(torch.randint(4, (), generator=generator)):
-        return ids
-    words = ids[1 : int((ids == END).nonzero()[0])].tolist()
-    for _ in range(int(torch.randint(1, 4, (), generator=generator))):
-        place = int(torch.randint(len(words) + 1, (), generator=generator))
-        words.insert(place, int(torch.randint(1, START, (), generator=generator)))
-    row = torch.full_like(ids, PAD)
-    row[: len(words) + 2] = torch.tensor([START, *words, END])
-    return row
-
-
-class Pool:
-    """Clips as latents, each with a sentence; the oldest are replaced by new ones all the time.
-
-    Attributes:
-        latents: (n, channels, F, h, w) of unit variance.
-        masks: (n, 1, F, h, w), the share of each latent pixel that the shape covers, its outline included.
-        token_ids: (n, 77) int64.
-    """
-
-    def __init__(self, args: argparse.Namespace, text: Text, vae: AutoencoderKL, first: int):
-        dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-        shape = (args.pool, *args.unet_shape)
-        self.vae = copy.deepcopy(vae).to(dtype)
-        self.latents = torch.empty(shape, dtype=dtype, device=args.device)
-        self.masks = torch.empty((args.pool, 1, *shape[2:]), dtype=dtype, device=args.device)
-        self.token_ids = torch.empty((args.pool, LENGTH), dtype=torch.int64, device=args.device)
-        self.batch = min(64, args.pool)
-        self.place = 0
-        start = time.monotonic()
-        filling = captions(args, text, self.batch, args.seed + 2)
-        while self.place < args.pool // self.batch * self.batch:
-            self.add(next(filling))
-        # A resumed run adds what an unbroken one would still hold.
-        again = max(0, first - args.pool // args.fresh)
-        self.place = again * args.fresh % args.pool
-        self.fresh = captions(args, text, args.fresh, args.seed + 3, again)
-        for _ in range(again, first):
-            self.add(next(self.fresh))
-        log("pool", args.pool, args.pool, start, std=float(self.latents[:1024].float().std()))
-
-    @torch.no_grad()
-    def add(self, batch: Captioned) -> None:
-        n = len(batch.clips)
-        self.place = self.place if self.place + n <= len(self.latents) else 0
-        here = slice(self.place, self.place + n)
-        pixels, masks = world.render(batch.clips.to(self.latents.device))
-        z = []
-        for part in pixels.flatten(0, 1).split(256):
-            frames = part.to(self.latents.dtype, memory_format=torch.channels_last)
-            z.append(self.vae.encode(frames).latent_dist.mean)
-        self.latents[here] = torch.cat(z).unflatten(0, (n, -1)).transpose(1, 2).to(self.latents.dtype)
-        # The outline too, on both sides: it is what makes the shape.
-        covered = F.max_pool2d(F.avg_pool2d(masks.flatten(0, 1), 8), 3, 1, 1)
-        self.masks[here] = covered.unflatten(0, (n, -1)).transpose(1, 2).to(self.masks.dtype)
-        self.token_ids[here] = batch.token_ids.to(self.token_ids.device)
-        self.place += n
-
-    def draw(self, n: int, stills: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (n, channels, F, h, w), masks and token ids; F is 1 for stills."""
-        device = self.latents.device
-        picks = torch.randint(len(self.latents), (n,), generator=generator).to(device)
-        if stills:
-            frames = torch.randint(world.FRAMES, (n,), generator=generator).to(device)
-            return self.latents[picks, :, frames, None], self.masks[picks, :, frames, None], self.token_ids[picks]
-        return self.latents[picks], self.masks[picks], self.token_ids[picks]
-
-
-def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet3D:
+def train_unet(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL) -> UNet3D:
     """Train the denoiser on velocity (Salimans and Ho, arXiv 2202.00512); returns the moving average of its weights.
 
     Single frames first: they teach shape, colour and background at a sixteenth of the price. Then clips, and single
@@ -483,6 +359,9 @@ def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet
     alpha_bar = Schedule.from_config(SCHEDULER_CONFIG).alpha_bar.float().to(args.device)
     torch.manual_seed(args.seed + 3)
     unet = UNet3D(UNet3DConfig.from_dict(UNET_CONFIG)).to(args.device)
+    if args.init:
+        state = load_file(args.init / "unet" / "diffusion_pytorch_model.safetensors")
+        unet.load_state_dict({key: value.float() for key, value in state.items()})
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda
@@ -505,11 +384,14 @@ def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet
     pool = Pool(args, text, vae, step)
     start = time.monotonic() - seconds
     network = copy.deepcopy(unet).bfloat16() if cuda else unet
-    masters, working = list(unet.parameters()), list(network.parameters())
+    masters: list[Tensor] = list(unet.parameters())
+    working: list[Tensor] = list(network.parameters())
+    averages: list[Tensor] = list(average.parameters())
+    gradients = [torch.zeros_like(p) for p in masters]
     if args.compile:
         network.compile(dynamic=False)
-    for p in masters:
-        p.grad = torch.zeros_like(p)
+    for p, gradient in zip(masters, gradients):
+        p.grad = gradient
     with torch.no_grad():
         nothing = text.encode([""])
     while (now := progress()) < 1 and time.monotonic() < args.deadline:
@@ -543,7 +425,7 @@ def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet
             loss = ((prediction.float() - v).square() * weight).mean()
             loss.backward()
         if network is not unet:
-            torch._foreach_copy_([p.grad for p in masters], [p.grad for p in working])
+            torch._foreach_copy_(gradients, [p.grad for p in working if p.grad is not None])
             network.zero_grad(set_to_none=True)
         nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
         optimizer.step()
@@ -553,52 +435,42 @@ def train_unet(args: argparse.Namespace, text: Text, vae: AutoencoderKL) -> UNet
             else:
                 optimizer.zero_grad(set_to_none=False)
             decay = min(0.9985 if cuda else 0.998, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), masters, 1 - decay)
+            torch._foreach_lerp_(averages, masters, 1 - decay)
         step += 1
         if step % 25 == 0:
             mean_loss += (float(loss.detach()) - mean_loss) / min(step // 25, 20)
             log("still" if stills else "unet", step, args.unet_steps, start, loss=mean_loss, done=now)
         if step % args.save_every == 0 or progress() >= 1 or time.monotonic() >= args.deadline:
-            state = {"unet": unet.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            state: dict[str, Any] = {
+                "unet": unet.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             save(state | {"step": step, "seconds": time.monotonic() - start, "loss": mean_loss}, path)
     return average.eval()
 
 
-def export(args: argparse.Namespace, text: Text, vae: AutoencoderKL, unet: UNet3D) -> None:
-    """Write the diffusers folder layout, weights in float16."""
-    out = args.out
-
-    def network(name: str, file: str, config: dict, state: dict[str, Tensor]) -> None:
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-
-    # The text_model prefix lets transformers 4 load the encoder too; version 5 takes it with and without.
-    prefixed = {f"text_model.{key}": v for key, v in text.encoder.state_dict().items()}
-    text_config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **TEXT_CONFIG}
-    vae_config = {"_class_name": "AutoencoderKL", **VAE_CONFIG, "scaling_factor": 1.0}
-    unet_config = {"_class_name": "UNet3DConditionModel", **UNET_CONFIG}
-    network("text_encoder", "model.safetensors", text_config, prefixed)
-    network("vae", "diffusion_pytorch_model.safetensors", vae_config, vae.state_dict())
-    network("unet", "diffusion_pytorch_model.safetensors", unet_config, unet.state_dict())
-    (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER_CONFIG, indent=2) + "\n")
-    if args.tokenizer.resolve() != (out / "tokenizer").resolve():
-        shutil.copytree(args.tokenizer, out / "tokenizer", dirs_exist_ok=True)
+def export(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL, unet: UNet3D) -> None:
+    """Write the model folder, weights in float16."""
+    networks = (
+        NetworkFiles.of(
+            "text_encoder",
+            {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **TEXT_CONFIG},
+            text.encoder.state_dict(),
+        ),
+        NetworkFiles.of("vae", {"_class_name": "AutoencoderKL", **VAE_CONFIG, "scaling_factor": 1.0}, vae.state_dict()),
+        NetworkFiles.of("unet", {"_class_name": "UNet3DConditionModel", **UNET_CONFIG}, unet.state_dict()),
+    )
     index = {
-        "_class_name": "TextToVideoSDPipeline",
         "_diffusers_version": "0.42.1",
         "_t2v_name": "t2v-demo",
         "_t2v_about": ABOUT,
         "_t2v_guidance_scale": GUIDANCE_SCALE,
-        **COMPONENTS,
     }
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    weights.write_manifest(out, "git checkout -- weights/demo")
-    size = sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6
-    print(f"wrote {out}: {size:.1f} MB of weights")
+    write_model(args.out, networks, SCHEDULER_CONFIG, args.tokenizer, index=index)
+    write_manifest(args.out, "git checkout -- weights/demo")
+    size = sum(f.stat().st_size for f in args.out.rglob("*.safetensors")) / 1e6
+    print(f"wrote {args.out}: {size:.1f} MB of weights")
 
 
 if __name__ == "__main__":

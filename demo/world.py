@@ -107,13 +107,13 @@ def sentence(colour: str, shape: str, motion: str, background: str) -> str:
 
 
 def paraphrase(
+    generator: torch.Generator,
     colour: str | None,
     shape: str | None,
     motion: str | None,
     background: str | None,
-    size: str | None,
-    place: str | None,
-    generator: torch.Generator,
+    size: str | None = None,
+    place: str | None = None,
 ) -> str:
     """A looser wording that says the same and leaves out what is None."""
 
@@ -127,7 +127,9 @@ def paraphrase(
             way = motion.split()[1]
             motion = pick(motion, motion, f"moves {way}", f"is {motion}", f"going {way}", f"moving to the {way}")
         elif motion == "circling":
-            motion = pick(motion, motion, "circles", "moving in a circle", "going around in a circle", "circling around")
+            motion = pick(
+                motion, motion, "circles", "moving in a circle", "going around in a circle", "circling around"
+            )
         elif motion == "bouncing":
             motion = pick(motion, motion, "bounces", "is bouncing", "bouncing up and down", "bounces up and down")
         else:

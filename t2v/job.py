@@ -34,6 +34,8 @@ class ModelInfo:
         scale_factor: pixels per latent, along each side.
         lora: "name:scale" of the installed LoRA; None if there is none.
         distilled: how to sample with the LoRA, if it makes a model of few steps.
+        prefers_distilled: whether preset auto is turbo. It is with a LoRA that the operator installed, and not with one
+            that came with the model.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelInfo:
     scale_factor: int = 8
     lora: str | None = None
     distilled: DistilledSampling | None = None
+    prefers_distilled: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Sampling:
         num_steps: number of steps from pure noise to a clean sample.
         guidance_scale: of classifier-free guidance; 1 computes one row only.
         embedded_guidance: guidance scale that a distilled network takes as an input; None if it takes none.
-        distilled: recipe for the solver "lcm"; None for the others.
+        distilled: recipe of a distilled model; None for the others.
     """
 
     preset: str
@@ -188,7 +191,7 @@ def _sampling(request: Request, model: ModelInfo) -> Sampling:
     distilled = model.distilled
     preset, num_steps = request.preset, request.num_inference_steps
     if preset == "auto":
-        preset = "turbo" if distilled else "quality"
+        preset = "turbo" if distilled and model.prefers_distilled else "quality"
     if preset != "turbo":
         scale = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
         if request.negative_prompt.strip() and scale == 1:
@@ -199,7 +202,8 @@ def _sampling(request: Request, model: ModelInfo) -> Sampling:
         return Sampling(preset, cast(Solver, request.scheduler), num_steps, scale)
     if distilled is None:
         raise InvalidRequest(
-            "preset turbo needs a few-step LoRA, and none is installed: start with T2V_LORA=path, or ask for fast."
+            "preset turbo needs a few-step LoRA. This model brings none, and none is installed: start with "
+            "T2V_LORA=path, or ask for fast."
         )
     if request.negative_prompt.strip() or request.scheduler != "dpm++":
         raise InvalidRequest(
@@ -210,13 +214,13 @@ def _sampling(request: Request, model: ModelInfo) -> Sampling:
     if scales is None:
         if request.guidance_scale not in (None, 1):
             raise InvalidRequest(f"preset turbo takes no guidance_scale with {distilled.name}; leave it out.")
-        return Sampling(preset, "lcm", num_steps, 1.0, distilled=distilled)
+        return Sampling(preset, distilled.solver, num_steps, 1.0, distilled=distilled)
     embedded = scales.default if request.guidance_scale is None else request.guidance_scale
     if not scales.minimum <= embedded <= scales.maximum:
         raise InvalidRequest(
             f"guidance_scale must be {scales.minimum} to {scales.maximum} with preset turbo ({distilled.name})."
         )
-    return Sampling(preset, "lcm", num_steps, 1.0, embedded, distilled)
+    return Sampling(preset, distilled.solver, num_steps, 1.0, embedded, distilled)
 
 
 def _timeline(request: Request, model: ModelInfo) -> Timeline:

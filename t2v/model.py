@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t2v.checkpoints.folder import check, read_json
 from t2v.checkpoints.loading import load_networks
-from t2v.checkpoints.lora import MergedLora, parse, read
+from t2v.checkpoints.lora import Lora, MergedLora, parse, read
 from t2v.device import DeviceProfile, select_device, select_dtype
 from t2v.errors import WeightsError
 from t2v.job import ModelInfo, Pass
@@ -16,12 +16,13 @@ from t2v.networks.prompt_encoder import PromptEncoder, load_tokenizer
 from t2v.networks.unet3d import UNet3D
 from t2v.networks.vae import VAE
 from t2v.sampling.denoiser import Denoiser, Function, GuidedNetwork
-from t2v.sampling.distilled import RECIPES
+from t2v.sampling.distilled import RECIPES, DistilledSampling
 from t2v.sampling.noise import noise_stream
 from t2v.sampling.recording import LaunchThrottle, RecordedFunction
 from t2v.sampling.schedule import Schedule
 from t2v.sampling.solvers import OnStep, sample, solver_steps
 
+TURBO_FOLDER = "turbo"  # of a model folder: a LoRA in PEFT's format for preset turbo
 LARGE_UNET_PARAMETERS = 10**8  # from here on a step on a CPU takes longer than recording it is worth
 
 
@@ -84,11 +85,17 @@ class Model:
         if unet.config.in_channels != vae.channels or unet.config.cross_attention_dim != text_width:
             raise WeightsError(f"{folder}: the networks do not belong together; their widths differ.")
         merged = None
+        bundled = folder / TURBO_FOLDER
         if lora:
             path, scale = parse(lora)
             merged = MergedLora(unet, read(path, unet), scale)
+        elif bundled.is_dir():
+            merged = MergedLora(unet, read(bundled, unet), apply=False)
+            if _distilled(merged.lora) is None:
+                raise WeightsError(f"{bundled} is no few-step LoRA: its adapter_config.json lacks _t2v_distilled.")
         schedule = Schedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-        return cls(text, unet, vae, schedule, _info(folder, vae, merged), merged, compile)
+        info = _info(folder, vae, merged, prefers_distilled=bool(lora))
+        return cls(text, unet, vae, schedule, info, merged, compile)
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +183,20 @@ class Model:
         return not self.profile.is_asynchronous and size > LARGE_UNET_PARAMETERS
 
 
-def _info(folder: Path, vae: VAE, merged: MergedLora | None) -> ModelInfo:
+def _distilled(lora: Lora) -> DistilledSampling | None:
+    """How to sample with a LoRA; None for a plain one."""
+    if lora.recipe is None:
+        return RECIPES.get(lora.family or "")
+    try:
+        recipe = DistilledSampling(**lora.recipe)
+    except TypeError as error:
+        raise WeightsError(f"The LoRA {lora.name}: _t2v_distilled in adapter_config.json is wrong: {error}.") from error
+    if recipe.solver not in ("lcm", "ddim"):
+        raise WeightsError(f"The LoRA {lora.name}: its solver must be lcm or ddim, not {recipe.solver!r}.")
+    return recipe
+
+
+def _info(folder: Path, vae: VAE, merged: MergedLora | None, prefers_distilled: bool) -> ModelInfo:
     index = read_json(folder / "model_index.json")
     sample_size = read_json(folder / "unet" / "config.json").get("sample_size")
     if isinstance(sample_size, int):
@@ -193,5 +213,6 @@ def _info(folder: Path, vae: VAE, merged: MergedLora | None) -> ModelInfo:
         latent_channels=vae.channels,
         scale_factor=vae.scale_factor,
         lora=f"{merged.lora.name}:{merged.scale:g}" if merged else None,
-        distilled=RECIPES.get(merged.lora.family or "") if merged else None,
+        distilled=_distilled(merged.lora) if merged else None,
+        prefers_distilled=prefers_distilled,
     )

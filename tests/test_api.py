@@ -17,9 +17,11 @@ import pytest
 import requests
 import yaml
 
-from bench.server import Server, serve
+from bench.server import PATIENCE, Server, serve
 from conftest import ROOT
 from documents import check_table
+
+pytestmark = pytest.mark.slow  # starts a server
 
 PAGE = ROOT / "docs" / "api.md"
 JSON = {"Content-Type": "application/json"}
@@ -51,7 +53,7 @@ def test_the_table_of_statuses(server: Server):
 
     def post(body: dict[str, Any] | str, **headers: str) -> requests.Response:
         data = body if isinstance(body, str) else json.dumps(body)
-        return server.patiently(lambda: requests.post(url, data, headers=JSON | headers, timeout=60))
+        return server.patiently(lambda: requests.post(url, data, headers=JSON | headers, timeout=PATIENCE))
 
     seen: list[tuple[str, requests.Response]] = [
         ("success", post({"input": QUICK})),
@@ -72,18 +74,18 @@ def test_the_table_of_statuses(server: Server):
         ("the body is not JSON", post('{"input": ')),
         (
             "wrong content type",
-            requests.post(url, '{"input": {}}', headers={"Content-Type": "text/plain"}, timeout=9),
+            requests.post(url, '{"input": {}}', headers={"Content-Type": "text/plain"}, timeout=PATIENCE),
         ),
         ("more than 100 MiB", post('{"input": {"prompt": "%s"}}' % ("a" * (101 * 2**20)))),
-        ("cancelling a prediction that does not run", requests.post(f"{url}/other/cancel", timeout=9)),
+        ("cancelling a prediction that does not run", requests.post(f"{url}/other/cancel", timeout=PATIENCE)),
     ]
     slow = QUICK | {"num_frames": 64, "num_inference_steps": 500}
     background = {"Prefer": "respond-async"}
-    ask = {"data": json.dumps({"input": slow}), "headers": JSON | background, "timeout": 9}
+    ask = {"data": json.dumps({"input": slow}), "headers": JSON | background, "timeout": PATIENCE}
     seen.append(("started in the background", server.patiently(lambda: requests.put(f"{url}/mine", **ask))))
-    seen.append(("another prediction is running", requests.post(url, json={"input": QUICK}, timeout=9)))
-    seen.append(("asking for its state", requests.put(f"{url}/mine", json={"input": {"prompt": " "}}, timeout=9)))
-    seen.append(("cancelling a running prediction", requests.post(f"{url}/mine/cancel", timeout=9)))
+    seen.append(("another prediction is running", requests.post(url, json={"input": QUICK}, timeout=PATIENCE)))
+    seen.append(("asking for its state", requests.put(f"{url}/mine", json={"input": {"prompt": " "}}, timeout=PATIENCE)))
+    seen.append(("cancelling a running prediction", requests.post(f"{url}/mine/cancel", timeout=PATIENCE)))
     assert {answer.status_code for _, answer in seen} == {200, 202, 400, 404, 409, 413, 415, 422}
     order = sorted(seen, key=lambda entry: entry[1].status_code)
     table = [("HTTP", "when", "body"), *((answer.status_code, when, shown(answer.text)) for when, answer in order)]
@@ -115,14 +117,14 @@ def test_the_curl_clients_work(server: Server):
         def run(command: str) -> str:
             command = command.replace("http://127.0.0.1:5000", server.url)
             command = command.replace("127.0.0.1:8000", f"127.0.0.1:{receiver.server_port}")
-            server.until(lambda: server.health()["status"] == "READY", 30, "ready")
+            server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready")
             return subprocess.run(
-                ["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120
+                ["bash", "-c", command], capture_output=True, text=True, check=True, timeout=PATIENCE
             ).stdout
 
         assert json.loads(run(one))["status"] == "succeeded"
         assert json.loads(run(background))["status"] in ("starting", "processing")
-        assert arrived.wait(60)
+        assert arrived.wait(PATIENCE)
         assert received[-1]["status"] == "succeeded" and received[-1]["output"].startswith("data:video/mp4;base64,")
         assert json.loads(run(cancel)) == {}
         receiver.shutdown()
@@ -131,7 +133,7 @@ def test_the_curl_clients_work(server: Server):
 def test_the_python_client_works(server: Server, tmp_path: Path):
     (code,) = blocks("python")
     code = code.replace("http://127.0.0.1:5000", server.url).replace("seed=0", "seed=0, num_frames=64")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert not done.returncode, done.stderr
     assert "%|" in done.stdout and "'seed': 0" in done.stdout and (tmp_path / "circle.mp4").stat().st_size > 1000
 
@@ -144,5 +146,5 @@ def test_the_probe_of_the_kubernetes_manifest_tells_well_from_ill(server: Server
     port = server.url.rpartition(":")[2]
     for code, found in (("READY", 0), ("SICK", 1)):
         probe = [part.replace(":5000", f":{port}").replace("'READY'", repr(code)) for part in commands[0]]
-        server.until(lambda: server.health()["status"] == "READY", 30, "ready")
-        assert subprocess.run([sys.executable, *probe[1:]], timeout=30).returncode == found
+        server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready")
+        assert subprocess.run([sys.executable, *probe[1:]], timeout=PATIENCE).returncode == found

@@ -114,6 +114,7 @@ def test_generate_refuses_in_one_sentence(options: list[str], code: int, sentenc
     assert done.returncode == code and sentence in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_verify_compares_with_the_manifest(broken_copy: Path):
     done = run("weights", "verify", DEMO)
     assert done.returncode == 0 and "is complete and undamaged" in done.stdout, done.stderr

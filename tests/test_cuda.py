@@ -1,4 +1,4 @@
-"""The engine on a GPU, against itself on the CPU. Recordings as CUDA graphs are in test_graph.py."""
+"""The engine on a GPU, against itself on the CPU. Recordings as CUDA graphs are in sampling/test_recording.py."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import DEMO
+from checkpoints.test_lora import mcm_folder  # noqa: F401
+from conftest import DEMO, clean_latents, first_noise, first_pass
+from t2v.budget import DEFAULT, LOW_MEMORY
+from t2v.engine import Engine
 from t2v.networks import fused
-from t2v.engine import LEAN, USUAL, Engine
-from t2v.graph import Graphs
 from t2v.request import Request
-from test_lora import mcm_folder  # noqa: F401
+from t2v.sampling.denoiser import GuidedNetwork
+from t2v.sampling.recording import RecordedFunction
 
 CUDA = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -47,7 +49,7 @@ def cuda() -> Engine:
 @pytest.mark.parametrize("frames, side", [(16, 8), (5, 12), (1, 4)])
 def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: Engine, frames: int, side: int):
     """Each is as far from float32 as the other, and each kernel alone as far as all of them."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, which a torch for CUDA brings")
     latents, context = torch.randn(1, 4, frames, side, side), cpu.text.encode(["", "a red circle"])
     expected = cpu.unet(latents, 500, context)
     inputs = latents.to(CUDA, torch.float16), 500, context.to(CUDA, torch.float16)
@@ -62,7 +64,7 @@ def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: En
 
 @torch.inference_mode()
 def test_the_autoencoder_with_kernels_is_the_autoencoder_without(cpu: Engine, cuda: Engine):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, which a torch for CUDA brings")
     for function, x in (("decode", torch.randn(3, 4, 8, 6)), ("encode", torch.rand(3, 3, 64, 48) * 2 - 1)):
         expected = getattr(cpu.vae.autoencoder, function)(x)
         network = getattr(cuda.vae.autoencoder, function)
@@ -75,11 +77,11 @@ def test_the_autoencoder_with_kernels_is_the_autoencoder_without(cpu: Engine, cu
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 2e-2)])
 def test_latents_are_those_of_the_cpu(cpu: Engine, dtype: str, bound: float):
     gpu = Engine.load(DEMO, CUDA, dtype)
-    assert error(gpu.denoised(REQUEST), cpu.denoised(REQUEST)) < bound
+    assert error(clean_latents(gpu, REQUEST), clean_latents(cpu, REQUEST)) < bound
 
 
 def test_frames_are_those_of_the_cpu(cpu: Engine, cuda: Engine):
-    latents = cpu.denoised(REQUEST)
+    latents = clean_latents(cpu, REQUEST)
     (expected,), (frames,) = list(cpu.vae.decode(latents)), list(cuda.vae.decode(latents.to(CUDA)))
     assert frames.shape == expected.shape and abs(frames.astype(int) - expected).max() <= 4
 
@@ -89,28 +91,28 @@ def test_frames_are_those_of_the_cpu(cpu: Engine, cuda: Engine):
 )
 def test_windows_are_those_of_the_cpu(cpu: Engine, cuda: Engine, change: dict):
     request = dataclasses.replace(REQUEST, **change)
-    assert error(cuda.denoised(request), cpu.denoised(request)) < 2e-2
+    assert error(clean_latents(cuda, request), clean_latents(cpu, request)) < 2e-2
 
 
 def test_a_recorded_step_is_the_step(cuda: Engine):
-    assert isinstance(cuda.step, Graphs)
-    recorded = cuda.denoised(REQUEST)
-    assert cuda.step.recordings
+    recorded = clean_latents(cuda, REQUEST)
+    assert cuda.model.step.recordings
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "step", cuda._step)
-        launched = cuda.denoised(REQUEST)
-    assert error(recorded, launched) < 1e-3
+        never = RecordedFunction(GuidedNetwork(cuda.model.network).step, min_calls=10**9)
+        patch.setattr(cuda.model, "step", never)
+        launched = clean_latents(cuda, REQUEST)
+    assert not never.recordings and error(recorded, launched) < 1e-3
 
 
 def test_one_request_gives_the_same_bytes_again(cuda: Engine):
-    assert torch.equal(cuda.denoised(REQUEST), cuda.denoised(REQUEST))
+    assert torch.equal(clean_latents(cuda, REQUEST), clean_latents(cuda, REQUEST))
 
 
 def test_a_cancelled_request_leaves_the_engine_as_it_was(cuda: Engine):
     class Cancelled(BaseException):
         pass
 
-    expected = cuda.denoised(REQUEST)
+    expected = clean_latents(cuda, REQUEST)
 
     def cancel_at(stage: str, number: int) -> Callable[[str, int, int], None]:
         def progress(now: str, done: int, total: int) -> None:
@@ -123,40 +125,40 @@ def test_a_cancelled_request_leaves_the_engine_as_it_was(cuda: Engine):
     for request in (REQUEST, dataclasses.replace(REQUEST, num_frames=5)):
         for stage, number in (("text", 1), ("denoise", 2)):
             with pytest.raises(Cancelled):
-                cuda.denoised(request, cancel_at(stage, number))
+                clean_latents(cuda, request, on_progress=cancel_at(stage, number))
     with pytest.raises(Cancelled):
-        list(cuda.generate(REQUEST, cancel_at("decode", 8)))
-    assert torch.equal(cuda.denoised(REQUEST), expected)
+        list(cuda.generate(REQUEST, on_progress=cancel_at("decode", 8)))
+    assert torch.equal(clean_latents(cuda, REQUEST), expected)
 
 
 def test_recordings_read_the_weights_that_a_lora_changed(tiny_folder: Path, mcm_folder: Path):  # noqa: F811
     engine, plain = Engine.load(tiny_folder, CUDA, lora=str(mcm_folder)), Engine.load(tiny_folder, CUDA)
     turbo = Request("a circle", num_frames=2, seed=1)
     quality = dataclasses.replace(turbo, preset="quality", num_inference_steps=3)
-    assert engine.sampling(turbo).preset == "turbo"
-    first, second = engine.denoised(turbo), engine.denoised(quality)
-    assert error(second, plain.denoised(quality)) < 1e-3
-    assert isinstance(engine.step, Graphs) and len(engine.step.recordings) == 2
+    assert first_pass(engine, turbo).sampling.preset == "turbo"
+    first, second = clean_latents(engine, turbo), clean_latents(engine, quality)
+    assert error(second, clean_latents(plain, quality)) < 1e-3
+    assert len(engine.model.step.recordings) == 2
     for _ in range(2):
-        assert error(engine.denoised(turbo), first) < 1e-3
-        assert error(engine.denoised(quality), second) < 1e-3
+        assert error(clean_latents(engine, turbo), first) < 1e-3
+        assert error(clean_latents(engine, quality), second) < 1e-3
     assert error(first, second) > 0.1
 
 
 @torch.inference_mode()
 def test_the_denoiser_takes_no_more_memory_than_is_planned_for(cuda: Engine):
     request = Request(num_frames=32, width=256, height=256, seed=0)
-    latents = cuda.noise(request)
+    latents = first_noise(cuda, request)
     context = cuda.text.encode(["", "a red circle"])
     cuda.unet(latents.half(), 500, context)  # the libraries take their workspaces
-    assert peak(lambda: cuda.unet(latents.half(), 500, context)) <= cuda.unet.workspace(2, latents.shape)
+    assert peak(lambda: cuda.unet(latents.half(), 500, context)) <= cuda.unet.peak_bytes(2, latents.shape)
 
 
 @torch.inference_mode()
 def test_the_decoder_takes_no_more_memory_than_is_planned_for(cuda: Engine):
-    latents = cuda.noise(Request(num_frames=8, width=256, height=256, seed=0))
+    latents = first_noise(cuda, Request(num_frames=8, width=256, height=256, seed=0))
     list(cuda.vae.decode(latents))
-    assert peak(lambda: list(cuda.vae.decode(latents))) <= 1.1 * cuda.vae.workspace(8, 256, 256)
+    assert peak(lambda: list(cuda.vae.decode(latents))) <= 1.1 * cuda.vae.peak_bytes(8, 256, 256)
 
 
 def peak(function: Callable[[], object]) -> int:
@@ -168,23 +170,24 @@ def peak(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def test_the_lean_plan_makes_the_same(cuda: Engine):
+def test_the_low_memory_plan_makes_the_same(cuda: Engine):
     """One row at a time, without recordings."""
-    assert error(cuda.denoised(REQUEST, plan=LEAN), cuda.denoised(REQUEST, plan=USUAL)) < 1e-2
+    assert error(clean_latents(cuda, REQUEST, plan=LOW_MEMORY), clean_latents(cuda, REQUEST, plan=DEFAULT)) < 1e-2
 
 
 def test_recordings_give_way_to_a_request_that_needs_the_memory(cuda: Engine, monkeypatch: pytest.MonkeyPatch):
-    cuda.denoised(REQUEST)
-    assert isinstance(cuda.step, Graphs) and cuda.step.recordings
-    step, failed = cuda._step, []
+    clean_latents(cuda, REQUEST)
+    step = cuda.model.step
+    assert step.recordings
+    function, failed = step.function, []
 
     def out_of_memory_once(*args, **kwargs):
         if not failed:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return step(*args, **kwargs)
+        return function(*args, **kwargs)
 
     other = dataclasses.replace(REQUEST, num_frames=3)
-    monkeypatch.setattr(cuda.step, "function", out_of_memory_once)
-    made = cuda.denoised(other)
+    monkeypatch.setattr(step, "function", out_of_memory_once)
+    made = clean_latents(cuda, other)
     assert failed and made.shape[2] == 3 and bool(made.isfinite().all())

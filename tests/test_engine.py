@@ -109,6 +109,7 @@ def demo() -> Engine:
     return Engine.load(DEMO, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frames, steps", [(64, 8), (256, 2)])
 def test_no_seam_shows_between_windows(demo: Engine, num_frames: int, steps: int):
     inputs = {"prompt": "a yellow star growing on a teal background", "num_inference_steps": steps, "window": 16}
@@ -117,6 +118,7 @@ def test_no_seam_shows_between_windows(demo: Engine, num_frames: int, steps: int
     assert steady[borders].mean() < 1.2 * steady[~borders].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frames", [16, 32])
 def test_a_loop_ends_where_it_began(demo: Engine, num_frames: int):
     prompt = "a red circle moving right on a black background"
@@ -125,6 +127,7 @@ def test_a_loop_ends_where_it_began(demo: Engine, num_frames: int):
     assert closing <= change(video).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm++", "ddim", "unipc"])
 def test_strength_moves_a_video_away_from_the_one_it_starts_from(demo: Engine, scheduler: str):
     """Measured in latents; strength 0 is what the autoencoder makes of the video."""

@@ -16,10 +16,11 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bench.server import Server, serve
+from bench.server import PATIENCE, Server, serve
+
+pytestmark = pytest.mark.slow  # starts servers
 
 COUNT = int(os.environ.get("T2V_FUZZ", 150))
-TIMEOUT = 60  # seconds an answer may take
 CAPS = {"num_frames": 2, "num_inference_steps": 2, "width": 32, "height": 32}  # a larger value costs time, no more
 CHEAP: dict[str, Any] = {"num_frames": 1, "num_inference_steps": 1}
 SENTENCE = re.compile(r"(Prediction failed: )*InvalidRequest: .+\.", re.DOTALL)  # no other failure is the caller's
@@ -109,7 +110,7 @@ class Sent:
 
     def to(self, server: Server) -> requests.Response:
         url = f"{server.url}/predictions{self.path}"
-        return requests.request(self.method, url, data=self.body, headers=self.headers, timeout=TIMEOUT)
+        return requests.request(self.method, url, data=self.body, headers=self.headers, timeout=PATIENCE)
 
 
 class Inputs:
@@ -261,7 +262,7 @@ def check(response: requests.Response) -> str:
     return f"{code} refused"
 
 
-def check_health(server: Server, worker: psutil.Process, seconds: float = 10) -> None:
+def check_health(server: Server, worker: psutil.Process, seconds: float = PATIENCE) -> None:
     """The server is ready, with the worker that it had."""
     server.until(lambda: server.health()["status"] == "READY", seconds, "ready again")
     assert server.worker() == worker
@@ -275,7 +276,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Itera
 
 @pytest.fixture(scope="module")
 def inputs(server: Server) -> Inputs:
-    return Inputs(requests.get(f"{server.url}/openapi.json", timeout=10).json())
+    return Inputs(requests.get(f"{server.url}/openapi.json", timeout=PATIENCE).json())
 
 
 def test_every_edge_of_every_input_is_answered_with_a_reason(server: Server, inputs: Inputs):
@@ -306,7 +307,7 @@ def test_every_request_is_answered_with_a_reason_and_the_worker_survives(server:
         kinds[check(response)] += 1
         if response.status_code == 202:
             url = f"{server.url}/predictions/{response.json()['id']}/cancel"
-            assert requests.post(url, timeout=TIMEOUT).status_code in (200, 404)  # 404: it has ended
+            assert requests.post(url, timeout=PATIENCE).status_code in (200, 404)  # 404: it has ended
 
     try:
         fuzz()

@@ -1,12 +1,14 @@
 """What the container promises under faults: a real server, real signals, real limits, tiny weights."""
 
 import json
+import os
 import re
 import resource
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +21,14 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.server import Server, serve
+from bench.server import PATIENCE, Server, serve
 from conftest import ROOT, TINY_UNET, reference_unet
+
+pytestmark = pytest.mark.slow  # starts servers
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 2, "num_inference_steps": 1, "seed": 0}
 SLOW = QUICK | {"num_frames": 32, "num_inference_steps": 500}
-LARGE = QUICK | {"num_frames": 64, "width": 256, "height": 256}  # seconds in every stage but the text's
+LARGE = QUICK | {"num_frames": 32, "width": 256, "height": 256}  # seconds in every stage but the text's
 # By the stage whose line says that the next one has begun, a request that is long in the next one: in its steps, each
 # of them short, because work stops between two of them, or in decoding and encoding.
 STAGES = {"request": SLOW, "text": SLOW, "denoise": LARGE, "decode": LARGE}
@@ -43,7 +47,7 @@ class Call(threading.Thread):
         super().__init__(daemon=True)
         self.server, self.inputs, self.answer = server, inputs, {}
         self.start()
-        server.until(lambda: self.answer or server.health()["status"] == "BUSY", 20, "a call is under way")
+        server.until(lambda: self.answer or server.health()["status"] == "BUSY", PATIENCE, "a call is under way")
 
     def run(self) -> None:
         self.answer = self.server.predict(input=self.inputs).json()
@@ -81,9 +85,9 @@ def test_a_dead_worker_is_answered_for_and_ends_the_server(how: signal.Signals, 
     with serve(tmp_path / "server", tiny_folder) as doomed:
         call = Call(doomed, SLOW)
         doomed.worker().send_signal(how)
-        answer = call.result(1)
+        answer = call.result(PATIENCE)
         assert answer["status"] == "failed" and answer["error"]
-        assert doomed.process.wait(5) != 0
+        assert doomed.process.wait(PATIENCE) != 0
         log = doomed.log.read_text()
         assert not doomed.files() and "The worker process died" in log
         assert "Loaded on" in log and log.endswith("can be restarted.\n")
@@ -98,9 +102,9 @@ def test_a_terminated_server_delivers_what_it_works_on_and_leaves_nothing(tiny_f
         assert any("watchdog" in " ".join(child.cmdline()) for child in children)
         call = Call(ending, LARGE)
         ending.process.terminate()
-        assert call.result(60)["status"] == "succeeded"
-        assert ending.process.wait(10) == 0  # also: the watchdog took it for no crash
-        psutil.wait_procs(children, 3)
+        assert call.result(PATIENCE)["status"] == "succeeded"
+        assert ending.process.wait(PATIENCE) == 0  # also: the watchdog took it for no crash
+        psutil.wait_procs(children, PATIENCE)
         assert not [child for child in children if child.is_running()]
         assert not ending.files() and not list(ending.tmp.glob("t2v-*"))
 
@@ -109,11 +113,11 @@ def test_a_server_terminated_in_a_background_prediction_leaves_nothing_either(ti
     with serve(tmp_path / "server", tiny_folder) as ending:
         children = psutil.Process(ending.process.pid).children(recursive=True)
         ending.start("lost", input=LARGE)
-        ending.until(lambda: ending.encoders(), 60, "encoding")
+        ending.until(lambda: ending.encoders(), PATIENCE, "encoding")
         children += ending.encoders()
         ending.process.terminate()
-        ending.process.wait(30)
-        psutil.wait_procs(children, 5)
+        ending.process.wait(PATIENCE)
+        psutil.wait_procs(children, PATIENCE)
         assert not [child for child in children if child.is_running()]
         assert not ending.files()
 
@@ -125,9 +129,10 @@ def test_a_server_terminated_in_a_background_prediction_leaves_nothing_either(ti
 def test_cancelling_frees_the_server_in_every_stage(server: Server, stage: str):
     stages = Stages(server)
     server.start(stage, input=STAGES[stage])
-    server.until(lambda: stages.ended(stage), 60, f"the end of {stage}")
+    server.until(lambda: stages.ended(stage), PATIENCE, f"the end of {stage}")
     server.cancel(stage)
-    server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
+    server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready again")
+    assert stage == "decode" or not stages.ended("encode")  # it was not made to the end
     assert_well(server)
 
 
@@ -138,8 +143,9 @@ def test_a_client_that_goes_away_frees_the_server_in_every_stage(server: Server,
     head = f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(head.encode() + b"\r\n\r\n" + body)
-        server.until(lambda: stages.ended(stage), 60, f"the end of {stage}")
-    server.until(lambda: server.health()["status"] == "READY", 5, "ready again")
+        server.until(lambda: stages.ended(stage), PATIENCE, f"the end of {stage}")
+    server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready again")
+    assert stage == "decode" or not stages.ended("encode")  # it was not made to the end
     assert_well(server)
 
 
@@ -148,10 +154,10 @@ def test_a_client_that_goes_away_frees_the_server_in_every_stage(server: Server,
 
 def test_a_killed_encoder_is_a_failure_with_a_sentence(server: Server):
     call = Call(server, LARGE)
-    server.until(lambda: server.encoders(), 60, "encoding")
+    server.until(lambda: server.encoders(), PATIENCE, "encoding")
     for encoder in server.encoders():
         encoder.kill()
-    answer = call.result(60)
+    answer = call.result(PATIENCE)
     assert answer["status"] == "failed" and "VideoError: The video encoder stopped after" in answer["error"]
     assert_well(server)
 
@@ -182,35 +188,103 @@ def test_a_full_disk_is_a_failure_with_a_sentence(tiny_folder: Path, tmp_path: P
 # R5
 
 
-def test_memory_that_runs_out_is_met_with_a_leaner_plan_or_a_sentence(tiny_folder: Path, tmp_path: Path):
-    """The limit of address space is one that the engine does not foresee; tests/test_engine.py has what it does."""
+def test_a_request_that_runs_out_of_memory_is_made_with_less_or_refused_with_a_reason(
+    tiny_folder: Path, tmp_path: Path
+):
+    """A limit of address space is one that the engine does not foresee; tests/test_engine.py has what it does foresee.
+
+    The limits derive from what this very worker needed. That is repeatable because of its environment: one thread, and
+    a mapping of its own for every tensor from 1 MB on, which the process returns when the tensor is freed. The first
+    two requests also have the kernels compiled, so that a tensor is what the limit strikes.
+    """
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "ms"))
-    # As in the 1.7B model, most of the memory is taken where the guided pair is two rows.
-    wide = TINY_UNET | {"block_out_channels": (32, 32), "attention_head_dim": 2}
-    reference_unet(**wide).save_pretrained(folder / "unet")
-    with serve(tmp_path / "server", folder) as limited:
+    # Most of the memory is taken where the guided pair is two rows, as in the 1.7B model, and a step takes seconds.
+    plain = {"down_block_types": ("DownBlock3D",) * 2, "up_block_types": ("UpBlock3D",) * 2}
+    reference_unet(**TINY_UNET | plain | {"block_out_channels": (64, 64)}).save_pretrained(folder / "unet")
+    request = QUICK | {"num_frames": 64, "width": 192, "height": 192}
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    with serve(tmp_path / "server", folder, OMP_NUM_THREADS="1", **malloc) as limited:
         worker = limited.worker()
 
-        def predict(spare: int) -> tuple[dict[str, Any], list[str]]:
-            """128 frames of 192x192 want some 400 MB, or 200 MB one row at a time: in large pieces, so that it is they
-            that fail and not a small one deep in a library. The stacks and arenas of threads take some 100 MB more."""
-            most = mapped + spare * 2**20
+        def address_space(which: str) -> int:
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            return int(re.search(rf"^{which}:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+
+        def predict(**inputs: Any) -> dict[str, Any]:
+            return limited.predict(input=request | inputs).json()
+
+        def predict_within(most: int) -> dict[str, Any]:
             worker.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-            answer = limited.predict(input=QUICK | {"num_frames": 128, "width": 192, "height": 192}).json()
+            answer = predict()
             worker.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            return answer, re.findall("Memory plan: ([a-z]+)", answer["logs"])
+            return answer
 
         assert_well(limited)
-        resident, mapped = worker.memory_info()[:2]
-        for spare in range(200, 901, 100):
-            answer, plans = predict(spare)
-            if answer["status"] == "succeeded":
-                break
-            assert "OutOfMemory: " in answer["error"], answer
-        assert answer["status"] == "succeeded" and plans == ["usual", "lean"], answer.get("error", plans)
-        assert spare > 200  # the first was too little
+        resident, before = worker.memory_info().rss, address_space("VmSize")
+        assert predict(guidance_scale=1)["status"] == "succeeded"
+        one_row = address_space("VmPeak")
+        answer = predict()
+        assert answer["status"] == "succeeded" and "Memory ran out" not in answer["logs"], answer
+        two_rows = address_space("VmPeak")
+        assert two_rows - one_row > 50 * 2**20
+
+        answer = predict_within((one_row + two_rows) // 2)
+        assert answer["status"] == "succeeded", answer
+        assert answer["logs"].count("Memory ran out") == 1
+
+        answer = predict_within(address_space("VmSize") + (one_row - before) // 3)
+        assert answer["status"] == "failed" and "OutOfMemory: 64 frames of 192x192: " in answer["error"], answer
         assert_well(limited)
         assert worker.memory_info().rss - resident < 100 * 2**20
+
+
+KERNELS = """
+import re, resource, sys
+from pathlib import Path
+
+import torch
+
+from predict import Predictor
+from t2v.errors import OutOfMemory, is_out_of_memory
+
+NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+@torch.inference_mode()
+def compute(size):  # a kernel of its own for each size
+    torch.nn.functional.conv2d(torch.ones(size, 8, 8, 8), torch.ones(8, 8, 3, 3))
+
+
+def run_out_of_memory():
+    kilobytes = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024, resource.RLIM_INFINITY))
+    try:
+        for size in range(2, 1000):
+            compute(size)
+    except RuntimeError as error:
+        assert is_out_of_memory(error)
+        raise OutOfMemory(str(error)) from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, NO_LIMIT)
+
+
+predictor = Predictor()
+predictor.setup()
+try:
+    with predictor.reporting_errors():
+        predictor.worker.call(run_out_of_memory)
+except OutOfMemory as error:
+    print(error)
+predictor.worker.call(compute, 1000)
+print("well")
+"""
+
+
+def test_the_worker_computes_after_there_was_no_memory_for_a_kernel(tiny_folder: Path):
+    environment = os.environ | {"T2V_WEIGHTS": str(tiny_folder), "T2V_DEVICE": "cpu"}
+    arguments = [sys.executable, "-c", KERNELS]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-2:] == ["could not create a primitive", "well"], done.stderr
 
 
 # R8
@@ -318,7 +392,7 @@ def test_a_prompt_of_ten_megabytes_is_refused_at_once(server: Server):
     started = time.monotonic()
     answer = server.predict(input=QUICK | {"prompt": "a" * 10_000_000}).json()
     assert answer["status"] == "failed" and "prompt has 10000000 characters; at most 10000" in answer["error"]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert_well(server)
 
 
@@ -346,11 +420,11 @@ def test_a_lost_device_shows_and_tracebacks_are_the_operators_alone(tiny_folder:
     )
     with serve(tmp_path / "server", tiny_folder, predictor=source) as failing:
         failing.start("hidden", input=QUICK)
-        failing.until(lambda: failing.health()["status"] == "UNHEALTHY", 30, "a lost device shows")
+        failing.until(lambda: failing.health()["status"] == "UNHEALTHY", PATIENCE, "a lost device shows")
         answer = failing.predict(input=QUICK).json()
         assert answer["status"] == "failed" and "An internal error occurred (AcceleratorError)" in answer["error"]
         assert "secret" not in json.dumps(answer)
-        failing.until(lambda: "secret /etc/path" in failing.log.read_text(), 5, "the traceback in the log")
+        failing.until(lambda: "secret /etc/path" in failing.log.read_text(), PATIENCE, "the traceback in the log")
         log = failing.log.read_text()
         assert "Traceback" in log
         assert not [

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_demo
 from PIL import Image
 from safetensors.torch import load_file
 
-import train_demo
 from conftest import ROOT
 from t2v.engine import Engine
 from t2v.media.encode import write_video
@@ -49,6 +49,7 @@ def train(monkeypatch: pytest.MonkeyPatch, run_folder: Path, out: Path, *more: s
     return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_writes_a_model_and_resumes_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,7 +1,6 @@
 """The real server, on 127.0.0.1, with tiny weights: what a caller sends and gets."""
 
 import base64
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ import numpy as np
 import pytest
 import requests
 
-from bench.server import Server, saved, serve
+from bench.server import PATIENCE, Server, saved, serve
 from conftest import ROOT
 from t2v.media.encode import VideoInfo, read_metadata, write_video
 from t2v.serving.schema import document
+
+pytestmark = pytest.mark.slow  # starts servers
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 3, "num_inference_steps": 2, "fps": 7, "seed": 0}
 
@@ -36,7 +37,7 @@ def video(answer: dict[str, Any], path: Path) -> tuple[VideoInfo, np.ndarray]:
 
 def test_it_is_ready_and_serves_its_schema(server: Server):
     assert server.health()["status"] == "READY"
-    served = requests.get(f"{server.url}/openapi.json", timeout=10).json()
+    served = requests.get(f"{server.url}/openapi.json", timeout=PATIENCE).json()
     expected = document((ROOT / "predict.py").read_text(), "Predictor", served["info"]["version"])
     assert served["components"]["schemas"]["Input"] == expected["components"]["schemas"]["Input"]
 
@@ -155,7 +156,7 @@ def test_every_control_reaches_the_engine(server: Server, tmp_path: Path):
 def test_cancelling_frees_the_server_and_leaves_no_file(server: Server):
     slow = QUICK | {"num_inference_steps": 500, "num_frames": 32}
     server.start("slow", input=slow)
-    time.sleep(1)
+    server.until(lambda: "/500 [" in server.log.read_text(), PATIENCE, "a step")
     server.cancel("slow")
     assert server.predict(input=QUICK).json()["status"] == "succeeded"
     assert len(list(server.tmp.rglob("*.mp4"))) == 1
@@ -166,7 +167,7 @@ def test_missing_weights_fail_setup_in_one_sentence(tmp_path: Path):
         health = broken.health()
         assert health["status"] == "SETUP_FAILED"
         assert "There is no weights folder" in health["setup"]["logs"] and "ms-1.7b" in health["setup"]["logs"]
-        broken.until(lambda: "Traceback" in broken.log.read_text(), 5, "the traceback in the log")
+        broken.until(lambda: "Traceback" in broken.log.read_text(), PATIENCE, "the traceback in the log")
 
 
 def test_a_video_can_start_from_another_one(server: Server, tmp_path: Path):

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import requests
 
-from bench.server import Server, saved, serve
+from bench.server import PATIENCE, Server, saved, serve
 from conftest import ROOT
 from t2v.media.encode import VideoInfo, read_metadata
+
+pytestmark = pytest.mark.slow  # starts a server
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_frames": 10, "num_inference_steps": 8, "seed": 0}
 
@@ -30,7 +32,7 @@ def events(server: Server, **inputs: Any) -> Iterator[tuple[str, dict[str, Any]]
 
     def ask() -> requests.Response:
         url, headers = f"{server.url}/predictions", {"Accept": "text/event-stream"}
-        return requests.post(url, json={"input": QUICK | inputs}, headers=headers, stream=True, timeout=60)
+        return requests.post(url, json={"input": QUICK | inputs}, headers=headers, stream=True, timeout=PATIENCE)
 
     with server.patiently(ask) as answer:
         assert answer.status_code == 200, answer.text
@@ -87,7 +89,7 @@ def test_closing_the_stream_between_previews_frees_the_server(server: Server):
 
 def test_cancelling_between_previews_frees_the_server(server: Server):
     server.start("slow", input=QUICK | {"previews": 20, "num_inference_steps": 500, "num_frames": 64})
-    server.until(lambda: server.poll("slow").get("output"), 30, "a preview")
+    server.until(lambda: server.poll("slow").get("output"), PATIENCE, "a preview")
     server.cancel("slow")
     assert server.predict(input=QUICK | {"previews": 0}).json()["status"] == "succeeded"
     assert len(server.files()) == 1
@@ -96,7 +98,7 @@ def test_cancelling_between_previews_frees_the_server(server: Server):
 def test_the_client_of_the_api_page_works(server: Server):
     page = (ROOT / "docs" / "api.md").read_text()
     (command,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "event-stream" in block)
-    server.until(lambda: server.health()["status"] == "READY", 30, "ready")
+    server.until(lambda: server.health()["status"] == "READY", PATIENCE, "ready")
     command = command.replace("http://127.0.0.1:5000", server.url)
-    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120).stdout
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     assert shown.count("event: output") == 3 and "event: completed" in shown

@@ -11,6 +11,7 @@ A LoRA adds scale * up @ down to the weight of a layer. The formats differ in ho
 - Stable-LoRA: safetensors, keys `<layer>.lora_A`, `<layer>.lora_B`, layers by diffusers' or by the original's names.
 
 Distilled models are recognised by their layers: T2V-Turbo-MS by its guidance embedding, MCM by the layers it adapts.
+Others say how they are sampled in the key `_t2v_distilled` of their adapter_config.json.
 """
 
 from collections.abc import Mapping
@@ -52,12 +53,14 @@ class Lora:
         name: name of its file, for logs.
         deltas: for each layer, by its name: up (c_out, r) and down (r, the rest of the weight's shape, flattened), both
             float32, and the factor of their product.
-        family: name of the distilled model that it makes, "T2V-Turbo-MS" or "MCM"; None for a plain LoRA.
+        family: name of the distilled model that it makes, "T2V-Turbo-MS" or "MCM"; None for others.
+        recipe: content of `_t2v_distilled`; None if there is none.
     """
 
     name: str
     deltas: Factors
     family: str | None
+    recipe: Mapping[str, Any] | None = None
 
     def delta(self, layer: str, device: torch.device | str = "cpu") -> Tensor:
         """The change of a layer's weight at scale 1, (c_out, the rest of the weight's shape, flattened) float32."""
@@ -72,18 +75,20 @@ class MergedLora:
 
     Args:
         scale: of the LoRA; 1 is as it was trained.
+        apply: add the LoRA right away.
 
     Attributes:
         active: whether the LoRA is in the weights.
     """
 
-    def __init__(self, unet: UNet3D, lora: Lora, scale: float = 1.0):
+    def __init__(self, unet: UNet3D, lora: Lora, scale: float = 1.0, apply: bool = True):
         self.unet = unet
         self.lora = lora
         self.scale = scale
         self.originals: dict[str, Tensor] = {}
         self.active = False
-        self.apply()
+        if apply:
+            self.apply()
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -170,7 +175,8 @@ def read(path: Path, unet: UNet3D) -> Lora:
         family = "T2V-Turbo-MS"
     elif set(deltas) == _mcm_layers(shapes):
         family = "MCM"
-    return Lora(path.name, deltas, family)
+    config = path / "adapter_config.json"
+    return Lora(path.name, deltas, family, read_json(config).get("_t2v_distilled") if path.is_dir() else None)
 
 
 def _layers(unet: UNet3D) -> LayerShapes:

@@ -17,24 +17,27 @@ class GuidanceRange:
 
 @dataclass(frozen=True)
 class DistilledSampling:
-    """How a latent consistency model is sampled (Luo et al., arXiv 2310.04378).
+    """How a distilled model is sampled.
 
     Guidance was distilled into the network, so every step computes one row.
 
     Attributes:
         name: name of the model.
-        timestep_scaling: scale of the timestep in the boundary condition.
-        evenly_strided: True takes every (50 // n)-th training timestep and keeps the first n of them; False spreads n
-            timesteps evenly over all 50.
+        solver: "lcm" for a latent consistency model (Luo et al., arXiv 2310.04378); "ddim" for a model that was trained
+            to make each long DDIM step end where many short ones would.
+        timestep_scaling: with "lcm", scale of the timestep in the boundary condition.
+        evenly_strided: with "lcm", True takes every (50 // n)-th training timestep and keeps the first n of them; False
+            spreads n timesteps evenly over all 50.
         embedded_guidance: range of the guidance scale that the network takes as an input; None if it takes none.
         default_steps: number of steps when the request asks for more than `max_steps`.
         max_steps: largest number of steps.
     """
 
     name: str
-    timestep_scaling: float
-    evenly_strided: bool
-    embedded_guidance: GuidanceRange | None
+    solver: Solver = "lcm"
+    timestep_scaling: float = 10
+    evenly_strided: bool = False
+    embedded_guidance: GuidanceRange | None = None
     default_steps: int = 4
     max_steps: int = 8
 

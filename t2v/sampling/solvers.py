@@ -60,13 +60,13 @@ def solver_steps(
         n: number of steps, 1 to T.
         first_step: number of steps to skip (for strength < 1). The first remaining step is first order, since it has
             no history.
-        distilled: recipe for the solver "lcm".
+        distilled: recipe of the distilled model; None for the others.
     """
     if not 1 <= n <= len(schedule):
         raise ValueError(f"{n} steps: a schedule of {len(schedule)} timesteps allows 1 to {len(schedule)}")
     match solver:
         case "ddim":
-            steps = ddim_steps(schedule, n)
+            steps = distilled_ddim_steps(schedule, n) if distilled else ddim_steps(schedule, n)
         case "dpm++":
             steps = dpm_solver_steps(schedule, n, first_step)
         case "unipc":
@@ -133,6 +133,18 @@ def ddim_steps(schedule: Schedule, n: int) -> list[SolverStep]:
         alpha, sigma = math.sqrt(ab), math.sqrt(1 - ab)
         alpha_next, ratio = math.sqrt(ab_next), math.sqrt(1 - ab_next) / sigma
         steps.append(_step(schedule, t, alpha, sigma, next_from_x=ratio, next_from_x0=alpha_next - ratio * alpha))
+    return steps
+
+
+def distilled_ddim_steps(schedule: Schedule, n: int) -> list[SolverStep]:
+    """DDIM from each of n evenly spread timesteps to the next, beginning at the noisiest, and at last to alpha 1."""
+    T = len(schedule)
+    ts = [round(T - i * T / n) - 1 for i in range(n)]
+    alpha_bar = [float(schedule.alpha_bar[t]) for t in ts] + [1.0]
+    steps = []
+    for t, ab, ab_next in zip(ts, alpha_bar, alpha_bar[1:]):
+        alpha, sigma, ratio = math.sqrt(ab), math.sqrt(1 - ab), math.sqrt((1 - ab_next) / (1 - ab))
+        steps.append(_step(schedule, t, alpha, sigma, ratio, math.sqrt(ab_next) - ratio * alpha))
     return steps
 
 

@@ -21,14 +21,16 @@ class Stopped(BaseException):
 
 
 class Worker:
-    """A thread that runs one call after the other, and lives as long as the process."""
+    """A thread that runs one call after the other, and lives as long as the process or until `restart`."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "t2v-worker")
-        # The thread starts now. In CPython 3.11 a cancellation that arrives while a thread is being started can hit
-        # the new thread, and its starter then waits for ever.
-        self._pool.submit(int).result()
+        self._pool = _start_thread()
         self._stop = threading.Event()
+
+    def restart(self) -> None:
+        """Go on in a new thread. The old one ends, and OpenMP's team of threads with it."""
+        self._pool.shutdown()
+        self._pool = _start_thread()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(*args)` in the worker's thread; returns its result or raises its exception.
@@ -72,6 +74,17 @@ class Worker:
         """Raise `Stopped` if the running call's caller was stopped. Work calls this at every step, in this thread."""
         if self._stop.is_set():
             raise Stopped
+
+
+def _start_thread() -> ThreadPoolExecutor:
+    """A pool of one thread, which runs already.
+
+    In CPython 3.11 a cancellation that arrives while a thread is being started can hit the new thread, and its starter
+    then waits for ever.
+    """
+    pool = ThreadPoolExecutor(1, "t2v-worker")
+    pool.submit(int).result()
+    return pool
 
 
 def _next(items: "queue.SimpleQueue[Any]") -> Any:

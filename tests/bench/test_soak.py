@@ -57,12 +57,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *op
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_nothing_grows(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     code, result = run(monkeypatch, capsys, "--weights", tiny_folder)
     assert (code, result["grown"]) == (0, [])
     assert result["kinds"] == {"succeeded": 24, "refused": 4, "failed": 4, "cancelled": 4, "left": 4}
 
 
+@pytest.mark.slow
 def test_a_leak_is_seen(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     code, result = run(monkeypatch, capsys, "--weights", tiny_folder, "--leak", "10")
     assert code == 1

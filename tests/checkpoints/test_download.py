@@ -17,6 +17,8 @@ from conftest import ROOT
 from t2v.cli import MALLOC
 from t2v.engine import Engine
 
+pytestmark = pytest.mark.slow  # runs a script in every test
+
 REVISION = "8227dddca75a8561bf858d604cc5dae52b954d01"
 FIRST, SECOND = "first/model", "second/model"
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -20,14 +20,14 @@ def video(engine: Engine, prompt: str, seed: int, steps: int = 12) -> np.ndarray
 
 def test_weights_are_small_and_of_the_full_topology(demo: Engine):
     assert sum(f.stat().st_size for f in DEMO.rglob("*.safetensors")) < 30e6
-    assert demo.native_size == (world.SIZE, world.SIZE) and demo.name == "t2v-demo" and demo.about
+    assert demo.model.info.native_size == (world.SIZE, world.SIZE) and demo.name == "t2v-demo"
     names = {type(m).__name__ for m in demo.unet.modules()}
     assert {"SpatialTransformer", "TemporalTransformer", "TemporalConvs", "ResBlock", "Upsample"} <= names
 
 
 def test_the_sentence_about_the_model_names_all_it_knows(demo: Engine):
     known = (*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *(m.split()[-1] for m in world.MOTIONS))
-    assert all(word in demo.about for word in known)
+    assert all(word in demo.model.info.about for word in known)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY_UNET, reference_unet
-from t2v.networks import fused
 from t2v.engine import Engine
+from t2v.networks import fused
 from t2v.networks.unet3d import UNet3D, UNet3DConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +29,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("frames, rows", [(2, 2), (1, 1)])
 @pytest.mark.parametrize("kernel", [*fused.KERNELS, "all"])
@@ -46,6 +47,7 @@ def test_the_denoiser(kernel: str, frames: int, rows: int, everywhere: list[str]
     assert set(everywhere) == set(fused.KERNELS)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_autoencoder(tiny_folder: Path, everywhere: list[str]):
     network = Engine.load(tiny_folder, DEVICE, "float32").vae.autoencoder
@@ -62,6 +64,7 @@ def test_without_them_for_a_while():
     assert fused.disabled == set()
 
 
+@pytest.mark.slow
 def test_a_cpu_does_not_import_triton(tiny_folder: Path):
     code = f"""
 import sys

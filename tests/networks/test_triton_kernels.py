@@ -8,6 +8,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton, also for its interpreter")
 from t2v.networks import triton_kernels as kernels
 
+pytestmark = pytest.mark.slow  # half a minute in the interpreter
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 6e-4)])
 
