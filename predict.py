@@ -100,7 +100,7 @@ class Inputs:
         default=None,
         ge=4,
         le=128,
-        description="Frames denoised together. Default: all, up to 128; fewer for longer videos or several prompts",
+        description="Number of frames denoised together. Default: all; 16 for over 128 frames or several prompts",
     )
     loop = Input(default=False, description="Make the video loop seamlessly")
     next_prompts = Input(

@@ -170,7 +170,7 @@ class Request:
         None,
         4,
         128,
-        "Frames denoised together. Default: all, up to 128; fewer for longer videos or several prompts",
+        "Number of frames denoised together. Default: all; 16 for over 128 frames or several prompts",
     )
     loop: bool = _boolean(False, "Make the video loop seamlessly")
     next_prompts: str = _text(

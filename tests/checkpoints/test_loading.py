@@ -173,4 +173,4 @@ def test_a_tensor_under_its_old_and_its_new_name(broken_copy: Path):
     state = load_file(path)
     key = next(key for key in state if ".to_q." in key)
     save_file(state | {key.replace(".to_q.", ".query."): state[key] + 1}, path)
-    assert "is there twice" in load_error(broken_copy)
+    assert "occurs twice" in load_error(broken_copy)
