@@ -84,7 +84,9 @@ def test_the_table_of_statuses(server: Server):
     ask = {"data": json.dumps({"input": slow}), "headers": JSON | background, "timeout": PATIENCE}
     seen.append(("started in the background", server.patiently(lambda: requests.put(f"{url}/mine", **ask))))
     seen.append(("another prediction is running", requests.post(url, json={"input": QUICK}, timeout=PATIENCE)))
-    seen.append(("asking for its state", requests.put(f"{url}/mine", json={"input": {"prompt": " "}}, timeout=PATIENCE)))
+    seen.append(
+        ("asking for its state", requests.put(f"{url}/mine", json={"input": {"prompt": " "}}, timeout=PATIENCE))
+    )
     seen.append(("cancelling a running prediction", requests.post(f"{url}/mine/cancel", timeout=PATIENCE)))
     assert {answer.status_code for _, answer in seen} == {200, 202, 400, 404, 409, 413, 415, 422}
     order = sorted(seen, key=lambda entry: entry[1].status_code)
