@@ -93,16 +93,15 @@ def summarise(events: Iterable[dict[str, Any]], cuda: bool = True, known: list[L
     earlier: dict[str, deque[Launch]] = defaultdict(deque)
     for launch in known or []:
         earlier[launch.kernel].append(launch)
-    is_graph = cuda and not any(event.get("args", {}).get("External id") in operations for event in kernels)
     kinds: dict[str, float] = defaultdict(float)
     lines: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in kernels:
         operation = operations.get(event.get("args", {}).get("External id"))
         name = operation["name"] if operation else None
         shapes = [s for s in operation["args"].get("Input Dims", []) if s][:2] if operation else []
-        if is_graph and earlier[event["name"]]:
+        if operation is None and earlier[event["name"]]:
             _, name, shapes = earlier[event["name"]].popleft()
-        elif known is not None and not is_graph:
+        elif known is not None:
             known.append(Launch(event["name"], name, shapes))
         kinds[kind(event["name"], name)] += event["dur"] / 1e3
         lines[event["name"][:90], name or "", json.dumps(shapes)].append(event["dur"] / 1e3)

@@ -85,7 +85,7 @@ def time_layers(lab: Lab, result: dict[str, Any]) -> None:
         ):
             q = random(n, length, c)
             work = (4e-9 * q.numel() * length, 4 * size)
-            if lab.cuda and length <= fused.SHORT:
+            if length <= fused.SHORT and fused.runs("attention", q):
                 add(layer, "kernel", [partial(fused.short_attention, q, q, q, heads)] * 2, *work)
             split = q.unflatten(-1, (heads, -1)).transpose(1, 2)
             for backend in (None, "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):

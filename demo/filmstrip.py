@@ -1,6 +1,6 @@
 """Frames of videos as rows of one picture.
 
-python scripts/filmstrip.py outputs/a.mp4 outputs/b.mp4 --out strip.jpg
+python -m demo.filmstrip outputs/a.mp4 outputs/b.mp4 --out strip.jpg
 """
 
 import argparse
@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from t2v.errors import VideoError  # noqa: E402
-from t2v.media.encode import read_video  # noqa: E402
+from t2v.errors import VideoError
+from t2v.media.encode import read_video
 
 
 def row(video: np.ndarray, frames: int, height: int) -> np.ndarray:

@@ -360,8 +360,8 @@ def train_unet(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL
     torch.manual_seed(args.seed + 3)
     unet = UNet3D(UNet3DConfig.from_dict(UNET_CONFIG)).to(args.device)
     if args.init:
-        state = load_file(args.init / "unet" / "diffusion_pytorch_model.safetensors")
-        unet.load_state_dict({key: value.float() for key, value in state.items()})
+        weights = load_file(args.init / "unet" / "diffusion_pytorch_model.safetensors")
+        unet.load_state_dict({key: value.float() for key, value in weights.items()})
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda
@@ -369,7 +369,7 @@ def train_unet(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL
     path = args.run / "unet.pt"
     step, seconds, mean_loss = 0, 0.0, 0.0
     if path.exists():
-        state = torch.load(path, map_location=args.device)
+        state: dict[str, Any] = torch.load(path, map_location=args.device)
         unet.load_state_dict(state["unet"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -377,7 +377,9 @@ def train_unet(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL
     start = time.monotonic() - seconds
 
     def progress() -> float:
-        return max(step / args.unet_steps, (time.monotonic() - start) / 60 / args.unet_minutes)
+        return max(
+            step / args.unet_steps if args.unet_steps else 1.0, (time.monotonic() - start) / 60 / args.unet_minutes
+        )
 
     if progress() >= 1:
         return average.eval()
@@ -441,7 +443,7 @@ def train_unet(args: argparse.Namespace, text: PromptEncoder, vae: AutoencoderKL
             mean_loss += (float(loss.detach()) - mean_loss) / min(step // 25, 20)
             log("still" if stills else "unet", step, args.unet_steps, start, loss=mean_loss, done=now)
         if step % args.save_every == 0 or progress() >= 1 or time.monotonic() >= args.deadline:
-            state: dict[str, Any] = {
+            state = {
                 "unet": unet.state_dict(),
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),

@@ -118,9 +118,12 @@ def test_a_graph_takes_the_operations_of_the_same_kernels_from_an_earlier_profil
     operation |= {"args": {"External id": 7, "Input Dims": [[2, 3], [3, 4]]}}
     known: list[kernels.Launch] = []
     kernels.summarise([operation, kernel("gemm", 1, 7), kernel("small_norm", 4)], known=known)
-    found = kernels.summarise([kernel("small_norm", 1), kernel("gemm", 4)], known=known)
-    assert found["kinds"] == pytest.approx({"norm": 0.002, "GEMM": 0.002})
+    # The copies of its inputs and outputs are launched as operations.
+    copy = {"ph": "X", "cat": "cpu_op", "name": "aten::copy_", "ts": 0, "dur": 1, "args": {"External id": 8}}
+    found = kernels.summarise([copy, kernel("clone", 0, 8), kernel("small_norm", 1), kernel("gemm", 4)], known=known)
+    assert found["kinds"] == pytest.approx({"copy": 0.002, "norm": 0.002, "GEMM": 0.002})
     assert {(line["kernel"], line["operation"], line["shapes"]) for line in found["top"]} == {
+        ("clone", "aten::copy_", "[]"),
         ("gemm", "aten::mm", "[[2, 3], [3, 4]]"),
         ("small_norm", "", "[]"),
     }

@@ -1,5 +1,6 @@
 """The trainer, at its smallest: all stages, an interruption, the folder it writes."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 
 from demo import data, distill, train, world
 from t2v.engine import Engine
+
+pytestmark = pytest.mark.slow  # takes some ten seconds
 
 SMALLEST = {
     "vae-steps": 2, "vae-noise-steps": 1, "vae-batch": 4, "text-steps": 2, "text-batch": 4, "pool": 4, "fresh": 2,
@@ -62,6 +65,10 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path: Path, monkeypatch:
     other = run(monkeypatch, tmp_path / "c", *WITHOUT_TURBO, "--seed", "1")
     assert not all(torch.equal(unbroken[k], other[k]) for k in unbroken)
 
+    more = ("--init", str(tmp_path / "a" / "out"), "--unet-steps", "0")
+    continued = run(monkeypatch, tmp_path / "d", *WITHOUT_TURBO, *more)
+    assert all(torch.equal(unbroken[k], continued[k]) for k in unbroken)
+
 
 def test_captions_say_what_is_recorded_about_them():
     generator = torch.Generator().manual_seed(0)
@@ -72,3 +79,11 @@ def test_captions_say_what_is_recorded_about_them():
         words = words.replace("grey", "gray")
         for values, index in zip(names[3:], told[3:]):
             assert [v for v in values if v in words] == ([values[index]] if index < len(values) else [])
+
+
+@pytest.mark.parametrize("module", ["train", "score", "filmstrip"])
+def test_help(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"demo.{module}").main()
+    assert not end.value.code and "usage" in capsys.readouterr().out
