@@ -75,7 +75,7 @@ class Inputs:
     preset = Input(
         default="auto",
         choices=["auto", "quality", "fast", "turbo"],
-        description="auto: turbo with a few-step LoRA, else quality. fast: at most 20 steps. turbo: at most 8",
+        description="auto: turbo with an installed few-step LoRA, else quality. fast: up to 20 steps. turbo: up to 8",
     )
     negative_prompt = Input(
         default="", description="What to avoid in the video. Requires guidance. Example: blurry, text"

@@ -138,9 +138,9 @@ app.command()(generate)
 def serve(
     context: typer.Context,
     stream: Annotated[bool, typer.Option("--stream", help="Send previews while a video is made.")] = False,
-    port: Annotated[int, typer.Option(envvar="PORT")] = 5000,
+    port: Annotated[int, typer.Option(help="Port of the server.", envvar="PORT")] = 5000,
 ) -> None:
-    """Start Cog's HTTP server on 127.0.0.1, without Docker. Other arguments, such as --upload-url, go to the server."""
+    """Start Cog's HTTP server on 127.0.0.1, without Docker. Other arguments, such as --upload-url, are passed to it."""
     from t2v.serving.schema import write_schema
 
     predictor = "StreamingPredictor" if stream else "Predictor"
@@ -163,8 +163,8 @@ def download(
 ) -> None:
     """Download a model, or repair its folder: only missing and damaged files are fetched.
 
-    An interrupted download continues where it stopped; its files wait in FOLDER.partial. HF_ENDPOINT names another
-    server than huggingface.co, HF_TOKEN a token.
+    An interrupted download continues where it stopped; its files wait in FOLDER.partial. HF_ENDPOINT names a
+    server other than huggingface.co, HF_TOKEN an access token.
     """
     from t2v.checkpoints.download import download
     from t2v.checkpoints.folder import read_json

@@ -1,7 +1,7 @@
 """A request resolved against a model: all decisions that precede the work. Plain data, no torch.
 
-Only `resolve` interprets a `Request`. Later code reads the `Job`. All rules about presets,
-distilled models, sizes, windows, prompts and the amount of work are in this file.
+Only `resolve` interprets a `Request`. Later code reads the `Job`. All rules about presets, distilled models, sizes,
+windows, prompts and the amount of work are in this file.
 """
 
 import math

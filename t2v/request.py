@@ -151,7 +151,7 @@ class Request:
     preset: str = _choice(
         "auto",
         ("auto", "quality", "fast", "turbo"),
-        "auto: turbo with a few-step LoRA, else quality. fast: at most 20 steps. turbo: at most 8",
+        "auto: turbo with an installed few-step LoRA, else quality. fast: up to 20 steps. turbo: up to 8",
     )
     negative_prompt: str = _text("", "What to avoid in the video. Requires guidance. Example: blurry, text")
     scheduler: str = _choice(
