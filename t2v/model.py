@@ -16,7 +16,7 @@ from t2v.networks.prompt_encoder import PromptEncoder, load_tokenizer
 from t2v.networks.unet3d import UNet3D
 from t2v.networks.vae import VAE
 from t2v.sampling.denoiser import Denoiser, Function, GuidedNetwork
-from t2v.sampling.distilled import RECIPES, DistilledSampling
+from t2v.sampling.distilled import RECIPES, DistilledSampling, GuidanceRange
 from t2v.sampling.noise import noise_stream
 from t2v.sampling.recording import LaunchThrottle, RecordedFunction
 from t2v.sampling.schedule import Schedule
@@ -187,13 +187,16 @@ def _distilled(lora: Lora) -> DistilledSampling | None:
     """How to sample with a LoRA; None for a plain one."""
     if lora.recipe is None:
         return RECIPES.get(lora.family or "")
+    recipe = dict(lora.recipe)
     try:
-        recipe = DistilledSampling(**lora.recipe)
+        if recipe.get("embedded_guidance"):
+            recipe["embedded_guidance"] = GuidanceRange(**recipe["embedded_guidance"])
+        distilled = DistilledSampling(**recipe)
     except TypeError as error:
         raise WeightsError(f"The LoRA {lora.name}: _t2v_distilled in adapter_config.json is wrong: {error}.") from error
-    if recipe.solver not in ("lcm", "ddim"):
-        raise WeightsError(f"The LoRA {lora.name}: its solver must be lcm or ddim, not {recipe.solver!r}.")
-    return recipe
+    if distilled.solver not in ("lcm", "ddim"):
+        raise WeightsError(f"The LoRA {lora.name}: its solver must be lcm or ddim, not {distilled.solver!r}.")
+    return distilled
 
 
 def _info(folder: Path, vae: VAE, merged: MergedLora | None, prefers_distilled: bool) -> ModelInfo:

@@ -11,12 +11,12 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "t2v"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-# A wing is a folder that knows one trade. It imports itself, `errors` and the wings named here; the modules at the top
+# A wing is a folder that knows one trade. It imports itself, `errors` and what is named here; the modules at the top
 # tell the story and import the wings.
 WINGS: dict[str, set[str]] = {
     "networks": set(),
     "sampling": set(),
-    "checkpoints": {"networks"},
+    "checkpoints": {"networks", "resources"},
     "media": set(),
     "serving": set(),
 }

@@ -1,6 +1,8 @@
 """A loaded model: what is cached and recorded changes together with the weights."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from conftest import clean_latents
 from t2v.engine import Engine
+from t2v.errors import InvalidRequest, WeightsError
 from t2v.request import Request
 
 
@@ -48,6 +51,57 @@ def test_use_lora_changes_weights_recordings_and_the_cached_text_together(tiny_f
     model.use_lora(True)
     assert torch.equal(model.text_kv(["a"], ""), kv)
     torch.testing.assert_close(clean_latents(engine, request), with_lora, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def with_turbo(broken_copy: Path, style_folder: Path) -> Path:
+    """A model folder that brings a few-step LoRA."""
+    recipe = {"name": "quick", "solver": "ddim", "default_steps": 4, "max_steps": 8}
+    config = {"r": 2, "lora_alpha": 2, "_t2v_distilled": recipe}
+    shutil.copytree(style_folder, broken_copy / "turbo", ignore=shutil.ignore_patterns("broken"))
+    (broken_copy / "turbo" / "adapter_config.json").write_text(json.dumps(config))
+    return broken_copy
+
+
+def test_a_models_own_turbo_serves_preset_turbo_and_no_other(tiny: Engine, with_turbo: Path):
+    engine = Engine.load(with_turbo, "cpu")
+    request = Request("x", num_frames=2, num_inference_steps=3, seed=0)
+    assert torch.equal(clean_latents(engine, request), clean_latents(tiny, request))
+    turbo = replace(request, preset="turbo", num_inference_steps=50)
+    sampling = engine.prepare(turbo).passes[0].sampling
+    assert (sampling.solver, sampling.num_steps, sampling.guidance_scale) == ("ddim", 4, 1)
+    assert engine.prepare(turbo).metadata["lora"] == "turbo:1"
+    quality = replace(request, preset="quality", guidance_scale=1, scheduler="ddim")
+    assert not torch.allclose(clean_latents(engine, turbo), clean_latents(engine, quality), atol=1e-2)
+    assert torch.equal(clean_latents(engine, request), clean_latents(tiny, request))
+
+
+def test_an_installed_lora_takes_the_place_of_the_models_own(with_turbo: Path, style_folder: Path):
+    engine = Engine.load(with_turbo, "cpu", lora=str(style_folder))
+    with pytest.raises(InvalidRequest, match="preset turbo needs a few-step LoRA"):
+        engine.prepare(Request("x", preset="turbo"))
+
+
+@pytest.mark.parametrize(
+    "recipe, reason",
+    [
+        (None, "is no few-step LoRA: its adapter_config.json lacks _t2v_distilled"),
+        ({"name": "quick", "pace": 3}, "unexpected keyword argument 'pace'"),
+        ({"name": "quick", "solver": "euler"}, "its solver must be lcm or ddim, not 'euler'"),
+    ],
+)
+def test_a_turbo_folder_that_cannot_be_used_is_refused(with_turbo: Path, recipe: dict | None, reason: str):
+    (with_turbo / "turbo" / "adapter_config.json").write_text(json.dumps({"r": 2, "_t2v_distilled": recipe}))
+    with pytest.raises(WeightsError, match=reason):
+        Engine.load(with_turbo, "cpu")
+
+
+def test_a_recipe_may_give_a_range_of_guidance_scales(with_turbo: Path):
+    scales = {"minimum": 2, "default": 7.5, "maximum": 14}
+    recipe = {"name": "quick", "solver": "lcm", "embedded_guidance": scales}
+    (with_turbo / "turbo" / "adapter_config.json").write_text(json.dumps({"r": 2, "_t2v_distilled": recipe}))
+    sampling = Engine.load(with_turbo, "cpu").prepare(Request("x", preset="turbo")).passes[0].sampling
+    assert sampling.embedded_guidance == 7.5
 
 
 def test_use_lora_without_a_lora_does_nothing(tiny: Engine):

@@ -38,6 +38,7 @@ from t2v.networks.autoencoder import AutoencoderConfig
 from t2v.networks.build import parameter_shapes
 from t2v.networks.clip import CLIPTextConfig
 from t2v.networks.unet3d import TRANSFORMER_IN_HEADS, UNet3DConfig
+from t2v.resources import DEMO
 
 Table = dict[str, str | tuple[str, ...]]
 
@@ -54,7 +55,7 @@ SCHEDULER = {
     "steps_offset": 1,
     "thresholding": False,
 }
-TOKENIZER = Path(__file__).resolve().parents[2] / "weights" / "demo" / "tokenizer"  # CLIP's; all models share it
+TOKENIZER = DEMO / "tokenizer"  # CLIP's vocabulary, which all models share
 NATIVE_SIZE = 256  # pixels
 CLIP_HEAD = 64  # channels of one attention head of the text encoder
 

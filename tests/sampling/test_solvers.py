@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, 
 
 from conftest import MS_SCHEDULER
 from t2v.sampling.denoiser import guided
-from t2v.sampling.distilled import MCM, TURBO
+from t2v.sampling.distilled import MCM, TURBO, DistilledSampling
 from t2v.sampling.schedule import Schedule
 from t2v.sampling.solvers import SolverStep, sample, solver_step, solver_steps
 
@@ -200,3 +200,17 @@ def test_a_trajectory_begun_later_needs_nothing_from_before(solver):
         assert later[1].coefficients[5] == 0 and later[3:] == whole[11:]
     else:
         assert later[1:] == whole[9:]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_distilled_ddim_ends_where_the_constant_prediction_says(n: int):
+    """With a network that always predicts the same clean sample, each step mixes it with the same noise."""
+    schedule = Schedule.from_config(MS_SCHEDULER)
+    steps = solver_steps(schedule, "ddim", n, distilled=DistilledSampling("quick", solver="ddim"))
+    assert [step.t for step in steps] == [round(1000 - i * 1000 / n) - 1 for i in range(n)]
+    x_0, eps = torch.randn(2, 5, dtype=torch.float64)
+    x, history = schedule.add_noise(x_0, eps, steps[0].t), torch.zeros(2, 5, dtype=torch.float64)
+    for i, step in enumerate(steps):
+        x, history = solver_step(x, history, eps, step.coefficients)
+        expected = schedule.add_noise(x_0, eps, steps[i + 1].t) if i + 1 < n else x_0
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
