@@ -50,7 +50,7 @@ def cuda() -> Engine:
 def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: Engine, frames: int, side: int):
     """Each is as far from float32 as the other, and each kernel alone as far as all of them."""
     pytest.importorskip("triton", reason="needs Triton, which a torch for CUDA brings")
-    latents, context = torch.randn(1, 4, frames, side, side), cpu.text.encode(["", "a red circle"])
+    latents, context = torch.randn(1, cpu.vae.channels, frames, side, side), cpu.text.encode(["", "a red circle"])
     expected = cpu.unet(latents, 500, context)
     inputs = latents.to(CUDA, torch.float16), 500, context.to(CUDA, torch.float16)
     with fused.without(*fused.KERNELS):
@@ -65,7 +65,8 @@ def test_the_denoiser_with_kernels_is_the_denoiser_without(cpu: Engine, cuda: En
 @torch.inference_mode()
 def test_the_autoencoder_with_kernels_is_the_autoencoder_without(cpu: Engine, cuda: Engine):
     pytest.importorskip("triton", reason="needs Triton, which a torch for CUDA brings")
-    for function, x in (("decode", torch.randn(3, 4, 8, 6)), ("encode", torch.rand(3, 3, 64, 48) * 2 - 1)):
+    latents, pixels = torch.randn(3, cpu.vae.channels, 8, 6), torch.rand(3, 3, 64, 48) * 2 - 1
+    for function, x in (("decode", latents), ("encode", pixels)):
         expected = getattr(cpu.vae.autoencoder, function)(x)
         network = getattr(cuda.vae.autoencoder, function)
         half = x.to(CUDA, cuda.vae.dtype, memory_format=torch.channels_last)
