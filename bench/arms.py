@@ -39,7 +39,7 @@ class Run:
         seconds: of the stages `text`, `denoise`, `decode`, `encode` and of the `total`. In `ours` encoding overlaps
             decoding, and counts as decoding. `host` is the processor time of the thread that issued the denoising
             steps; while it sleeps it takes none.
-        latents: (1, 4, F, h, w) float32, clean.
+        latents: (1, channels, F, h, w) float32, clean.
         frames: (F, H, W, 3) uint8.
     """
 

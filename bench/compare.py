@@ -1,5 +1,6 @@
 """Interleaved rounds of several arms, the errors of their results, and whether these are small enough."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,10 +97,12 @@ def stock_flops(folder: Path, request: Request) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = UNet3DConditionModel.load_config(folder / "unet")
+    levels = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
+    factor = 2 ** (len(levels) - 1)  # pixels per latent
     with torch.device("meta"):
         unet = UNet3DConditionModel.from_config(config)
-        side = [(length or config["sample_size"] * 8) // 8 for length in (request.height, request.width)]
-        x = torch.empty(2, 4, request.num_frames, *side)
+        side = [length // factor if length else config["sample_size"] for length in (request.height, request.width)]
+        x = torch.empty(2, config["in_channels"], request.num_frames, *side)
         context = torch.empty(2, 77, config["cross_attention_dim"])
         with FlopCounterMode(display=False) as counter:
             unet(x, 1, context)

@@ -26,7 +26,7 @@ class Step:
     """Inputs of one guided denoising step, whose two rows share their latents.
 
     Attributes:
-        latents: (1, 4, F, h, w) float32.
+        latents: (1, channels, F, h, w) float32.
         timestep_terms: (1, d), dtype of the network.
         context: (2, 77, D) text embeddings, dtype of the network.
         text_kv: (2, 77, d) keys and values, dtype of the network.
@@ -38,7 +38,7 @@ class Step:
     text_kv: Tensor
 
     def network(self, unet: UNet3D) -> Tensor:
-        """The network's two predictions, (2, 4, F, h, w)."""
+        """The network's two predictions, (2, channels, F, h, w)."""
         return unet.forward_projected(self.latents.to(self.timestep_terms.dtype), self.timestep_terms, self.text_kv)
 
 
@@ -114,7 +114,7 @@ class Lab:
 
 
 def noise(engine: Engine, request: Request) -> Tensor:
-    """The noise that the first pass of a request starts from, (1, 4, F, h, w) float32."""
+    """The noise that the first pass of a request starts from, (1, channels, F, h, w) float32."""
     pass_ = engine.prepare(request).passes[0]
     return next(noise_stream(pass_.timeline, pass_.latent_shape, pass_.seed, engine.device))
 
