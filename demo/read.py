@@ -51,7 +51,7 @@ def by_outline(video: np.ndarray) -> Reading:
     if not len(fore):
         return Reading(None, None, None, background)
     colour = min(world.COLOURS, key=lambda name: _colour_distance(np.median(fore, axis=0), world.COLOURS[name]))
-    votes = [_outline(masks[i]) for i, *_ in tracked[::2]]
+    votes = [_outline(masks[i]) for i, *_ in tracked[::3]]
     shape = max(world.SHAPES, key=votes.count)
 
     t = np.array([i for i, *_ in tracked]) / (len(video) - 1)

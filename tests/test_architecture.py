@@ -1,6 +1,7 @@
 """Who may import whom."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Full names of the modules, or of their members, that a file imports."""
     names = set()
@@ -71,6 +73,7 @@ def test_cog_is_known_to_the_predictor_alone_and_the_environment_to_the_edges(pa
         assert "environ" not in path.read_text() and "getenv" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_making_a_video_loads_none_of_the_reference_libraries():
     """They take several seconds to import, all the rest one."""
     code = """

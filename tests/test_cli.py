@@ -24,6 +24,8 @@ from t2v.media.encode import VideoInfo, read_metadata, read_video
 from t2v.request import INPUTS
 from t2v.resources import DEMO, MANIFESTS, PREDICTOR
 
+pytestmark = pytest.mark.slow  # starts processes
+
 QUICK = ["--num-frames", "2", "--num-inference-steps", "2", "--seed", "0"]
 
 

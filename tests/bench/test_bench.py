@@ -11,6 +11,8 @@ from bench.arms import Process, Setting
 from bench.compare import STAGES, compare, passes
 from t2v.request import Request
 
+pytestmark = pytest.mark.slow  # half a minute in all
+
 REQUEST = Request("a red circle", num_frames=3, num_inference_steps=2, seed=0)
 
 

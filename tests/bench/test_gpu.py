@@ -11,6 +11,8 @@ from bench import gpu, kernels
 from bench.lab import Lab
 from bench.parts import PARTS, Part, Result
 
+pytestmark = pytest.mark.slow  # half a minute in all
+
 
 @pytest.fixture
 def lab(tiny_folder: Path) -> Lab:

@@ -29,6 +29,8 @@ from t2v.request import Request
 from t2v.sampling.schedule import Schedule
 from t2v.sampling.solvers import solver_steps
 
+pytestmark = pytest.mark.slow  # writes models of the original format
+
 UNET, VAE, CLIP = "text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"
 
 

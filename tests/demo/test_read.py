@@ -9,13 +9,15 @@ import torch
 from demo import read, world
 from demo.score import READERS, drawn
 
+pytestmark = pytest.mark.slow  # reads a hundred videos
+
 Reader = Callable[[np.ndarray], read.Reading]
 readers = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 
 
 @readers
 def test_readers_are_right_about_the_worlds_own_clips(reader: Reader):
-    clips = world.random_clips(60, torch.Generator().manual_seed(7))
+    clips = world.random_clips(32, torch.Generator().manual_seed(7))
     for i in range(len(clips)):
         found = reader(drawn(clips, i))
         assert (found.colour, found.shape, found.motion, found.background) == clips.words(i)
@@ -31,7 +33,7 @@ def test_readers_see_nothing_where_there_is_nothing(reader: Reader):
 
 @readers
 def test_readers_tell_a_motion_from_its_reverse(reader: Reader):
-    clips = world.random_clips(40, torch.Generator().manual_seed(1))
+    clips = world.random_clips(16, torch.Generator().manual_seed(1))
     reverse = {"moving left": "moving right", "moving up": "moving down", "growing": "shrinking", "circling": None}
     reverse |= {after: before for before, after in reverse.items() if after}
     for i in range(len(clips)):

@@ -69,7 +69,7 @@ def test_next_prompts_change_the_end_and_negative_prompts_everything(tiny: Engin
     [
         {},
         {"guidance_scale": 1, "scheduler": "unipc"},
-        {"num_frames": 24, "window": 8, "loop": True, "next_prompts": "a blue star", "negative_prompt": "text"},
+        {"num_frames": 8, "window": 4, "loop": True, "next_prompts": "a blue star", "negative_prompt": "text"},
         {"preset": "turbo"},
     ],
 )
