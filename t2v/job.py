@@ -202,7 +202,10 @@ def _sampling(request: Request, model: ModelInfo) -> Sampling:
         return Sampling(preset, cast(Solver, request.scheduler), num_steps, scale)
     if distilled is None:
         raise InvalidRequest(
-            "preset turbo needs a few-step LoRA. This model brings none, and none is installed: start with "
+            f"preset turbo needs a few-step LoRA, and {model.lora} is not one; start without T2V_LORA or with another, "
+            "or ask for fast."
+            if model.lora
+            else "preset turbo needs a few-step LoRA. This model has none, and T2V_LORA is not set: start with "
             "T2V_LORA=path, or ask for fast."
         )
     if request.negative_prompt.strip() or request.scheduler != "dpm++":

@@ -92,7 +92,7 @@ class Model:
         elif bundled.is_dir():
             merged = MergedLora(unet, read(bundled, unet), apply=False)
             if _distilled(merged.lora) is None:
-                raise WeightsError(f"{bundled} is no few-step LoRA: its adapter_config.json lacks _t2v_distilled.")
+                raise WeightsError(f"{bundled} is not a few-step LoRA: its adapter_config.json lacks _t2v_distilled.")
         schedule = Schedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
         info = _info(folder, vae, merged, prefers_distilled=bool(lora))
         return cls(text, unet, vae, schedule, info, merged, compile)
@@ -121,7 +121,7 @@ class Model:
 
     def use_lora(self, active: bool) -> None:
         """Add the LoRA to the weights or remove it, and drop everything that was computed with the other weights."""
-        if self.lora is None or self.lora.active == active:
+        if self.lora is None or (self.lora.active if active else self.lora.is_removed):
             return
         self._empty_prompt_kv = None
         self.step.invalidate()

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import clean_latents
+from t2v.checkpoints import lora
 from t2v.engine import Engine
 from t2v.errors import InvalidRequest, WeightsError
 from t2v.request import Request
@@ -78,14 +79,32 @@ def test_a_models_own_turbo_serves_preset_turbo_and_no_other(tiny: Engine, with_
 
 def test_an_installed_lora_takes_the_place_of_the_models_own(with_turbo: Path, style_folder: Path):
     engine = Engine.load(with_turbo, "cpu", lora=str(style_folder))
-    with pytest.raises(InvalidRequest, match="preset turbo needs a few-step LoRA"):
+    with pytest.raises(InvalidRequest, match="preset turbo needs a few-step LoRA, and .* is not one"):
         engine.prepare(Request("x", preset="turbo"))
+
+
+def test_a_removal_that_failed_is_completed_before_the_next_request(with_turbo: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = Engine.load(with_turbo, "cpu")
+    quality = Request("x", num_frames=1, num_inference_steps=2, seed=0)
+    turbo = replace(quality, preset="turbo")
+    expected = {request.preset: clean_latents(engine, request) for request in (quality, turbo)}
+
+    def no_memory(network: object) -> None:
+        raise MemoryError
+
+    for request in (turbo, quality):
+        clean_latents(engine, turbo)  # the LoRA is in the weights
+        with monkeypatch.context() as patch:
+            patch.setattr(lora, "fuse_upsample_kernels", no_memory)
+            with pytest.raises(MemoryError):
+                engine.model.use_lora(False)
+        assert torch.equal(clean_latents(engine, request), expected[request.preset])
 
 
 @pytest.mark.parametrize(
     "recipe, reason",
     [
-        (None, "is no few-step LoRA: its adapter_config.json lacks _t2v_distilled"),
+        (None, "is not a few-step LoRA: its adapter_config.json lacks _t2v_distilled"),
         ({"name": "quick", "pace": 3}, "unexpected keyword argument 'pace'"),
         ({"name": "quick", "solver": "euler"}, "its solver must be lcm or ddim, not 'euler'"),
     ],

@@ -14,6 +14,7 @@ Distilled models are recognised by their layers: T2V-Turbo-MS by its guidance em
 Others say how they are sampled in the key `_t2v_distilled` of their adapter_config.json.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class MergedLora:
         """Add the LoRA. The original weights are kept in the CPU's memory; they are put back if this fails."""
         if self.active:
             return
-        self.active = True
+        self.remove()  # what a removal that failed has left
         try:
             if COND_PROJ in self.lora.deltas:
                 self.unet.time_embedding.add_guidance()
@@ -109,29 +110,43 @@ class MergedLora:
         except BaseException:
             self.remove()
             raise
+        self.active = True
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the weights are the original ones; neither this nor `active` holds after a removal that failed."""
+        return not self.originals
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put the original weights back, bit for bit."""
-        if not self.active:
+        """Put the original weights back, bit for bit. If it fails, the next `remove` or `apply` completes it."""
+        if self.is_removed:
             return
+        self.active = False
         layers = dict(self.unet.named_modules())
         for name, original in self.originals.items():
-            materialised(layers[name]).copy_(original)
+            if name in layers:
+                materialised(layers[name]).copy_(original)
         if COND_PROJ in self.lora.deltas:
             self.unet.time_embedding.cond_proj = None
         fuse_upsample_kernels(self.unet)
         self.originals.clear()
-        self.active = False
 
 
 def parse(text: str) -> tuple[Path, float]:
-    """The path and the scale of `path[:scale]`, the form of T2V_LORA. The scale is 1 unless given."""
-    path, colon, scale = text.rpartition(":")
+    """The path and the scale of `path[:scale]`, the form of T2V_LORA. The scale is 1 unless given.
+
+    Raises:
+        WeightsError: the scale is not finite.
+    """
+    path, colon, factor = text.rpartition(":")
     try:
-        return (Path(path), float(scale)) if colon else (Path(text), 1.0)
+        scale = float(factor) if colon else 1.0
     except ValueError:
         return Path(text), 1.0
+    if not math.isfinite(scale):
+        raise WeightsError(f"The LoRA's scale must be a finite number, not {factor}.")
+    return (Path(path), scale) if colon else (Path(text), 1.0)
 
 
 def read(path: Path, unet: UNet3D) -> Lora:

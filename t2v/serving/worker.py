@@ -28,9 +28,13 @@ class Worker:
         self._stop = threading.Event()
 
     def restart(self) -> None:
-        """Go on in a new thread. The old one ends, and OpenMP's team of threads with it."""
-        self._pool.shutdown()
-        self._pool = _start_thread()
+        """Go on in a new thread. The old one starts it and ends, and OpenMP's team of threads with it.
+
+        A cancellation cannot leave the worker without a thread: it lands in the caller, before or after the assignment.
+        """
+        old = self._pool
+        self._pool = old.submit(_start_thread).result()
+        old.shutdown(wait=False)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(*args)` in the worker's thread; returns its result or raises its exception.

@@ -355,3 +355,9 @@ def test_the_lora_stays_as_it_is_while_requests_are_cancelled(tiny_folder: Path,
         with pytest.raises(Cancelled):
             engine.generate(request, on_progress=cancel)
         assert all(torch.equal(clean_latents(engine, r), e) for r, e in zip(requests, expected))
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_scale_that_is_not_finite_is_refused(scale: str):
+    with pytest.raises(WeightsError, match="must be a finite number"):
+        parse(f"lora.safetensors:{scale}")

@@ -172,3 +172,11 @@ def test_closing_a_stream_stops_the_call_whatever_handles_exceptions(worker: Wor
     items.close()
     assert seen == ["stopped"]
     assert worker.call(int) == 0
+
+
+def test_a_restarted_worker_runs_calls_in_another_thread():
+    worker = Worker()
+    before = worker.call(threading.get_ident)
+    worker.restart()
+    after = worker.call(threading.get_ident)
+    assert before != after and worker.call(threading.get_ident) == after
