@@ -24,11 +24,13 @@ from t2v.checkpoints.folder import write_json
 from t2v.networks.prompt_encoder import PromptEncoder
 from t2v.networks.unet3d import TemporalConv, UNet3D
 from t2v.sampling.denoiser import guided
+from t2v.sampling.distilled import DistilledSampling
 from t2v.sampling.schedule import Schedule
-from t2v.sampling.solvers import solver_step, solver_steps
+from t2v.sampling.solvers import SolverStep, solver_step, solver_steps
 
 TEACHER_STEPS = 40
 STEPS = 4
+RECIPE = DistilledSampling("t2v-demo-turbo", solver="ddim", default_steps=STEPS, max_steps=8)
 RANK = 16
 LEARNING_RATE = 2e-3
 # The layers that are adapted, by the beginnings of their names; what the timestep and the latents go through stays.
@@ -60,9 +62,9 @@ def adapt(unet: UNet3D, rank: int = RANK) -> dict[str, LowRank]:
     return found
 
 
-def borders() -> list[int]:
-    """Timesteps at which the student's steps begin, as DDIM with trailing timesteps takes them."""
-    return [round(1000 - i * 1000 / STEPS) - 1 for i in range(STEPS)]
+def student_steps() -> list[SolverStep]:
+    """The student's steps, as preset `turbo` makes them."""
+    return solver_steps(Schedule.from_config(SCHEDULER_CONFIG), RECIPE.solver, STEPS, distilled=RECIPE)
 
 
 @torch.no_grad()
@@ -76,15 +78,16 @@ def trajectories(
         noise: (n, channels, F, h, w) float32.
 
     Returns:
-        (STEPS + 1, n, channels, F, h, w) float32: at every one of `borders`, and the clean sample.
+        (STEPS + 1, n, channels, F, h, w) float32: at the beginning of each of `student_steps`, and the clean sample.
     """
     context = text.encoder(token_ids)
     nothing = text.encode([""]).expand_as(context)
     dtype = unet.conv_out.weight.dtype
     both = torch.cat([nothing, context]).to(dtype)
     x, history, states = noise, torch.zeros((2, *noise.shape), device=noise.device), []
+    borders = [step.t for step in student_steps()]
     for step in solver_steps(Schedule.from_config(SCHEDULER_CONFIG), "dpm++", steps):
-        if step.t in borders():
+        if step.t in borders:
             states.append(x)
         t = torch.full((2 * len(x),), step.t, device=x.device)
         prediction = guided(unet(torch.cat([x, x]).to(dtype), t, both).float(), guidance)
@@ -122,22 +125,13 @@ def train(args: argparse.Namespace, text: PromptEncoder, unet: UNet3D) -> None:
         log("teach", i + batch, args.turbo_clips, start)
     targets, token_ids = torch.cat(states, dim=1), torch.cat(ids)
 
-    alpha_bar = Schedule.from_config(SCHEDULER_CONFIG).alpha_bar.float().to(args.device)
-    ts = borders()
-    levels = [float(alpha_bar[t]) for t in ts] + [1.0]
-    alpha, sigma = [math.sqrt(a) for a in levels], [math.sqrt(1 - a) for a in levels]
+    steps = student_steps()
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
 
     def predict(i: int, x: Tensor, context: Tensor) -> Tensor:
-        """The clean sample that the student foresees at border i."""
-        t = torch.full((len(x),), ts[i], device=x.device)
-        v = student(x, t, context)
-        return alpha[i] * x - sigma[i] * v
-
-    def onwards(i: int, x: Tensor, x_0: Tensor) -> Tensor:
-        """DDIM from border i to the next one."""
-        ratio = sigma[i + 1] / sigma[i]
-        return ratio * x + (alpha[i + 1] - ratio * alpha[i]) * x_0
+        """The clean sample that the student foresees at the beginning of step i."""
+        v = student(x, torch.full((len(x),), steps[i].t, device=x.device), context)
+        return steps[i].x0_from_x * x + steps[i].x0_from_prediction * v
 
     mean_loss, step = 0.0, 0
     start = time.monotonic()
@@ -152,9 +146,8 @@ def train(args: argparse.Namespace, text: PromptEncoder, unet: UNet3D) -> None:
             if i and now > 1 / 3 and step // STEPS % 2:  # where the student gets by itself
                 x = targets[0, picks].float()
                 for k in range(i):
-                    x = onwards(k, x, predict(k, x, context))
-            ratio = sigma[i + 1] / sigma[i]
-            wanted = (targets[i + 1, picks].float() - ratio * x) / (alpha[i + 1] - ratio * alpha[i])
+                    x = steps[k].next_from_x * x + steps[k].next_from_x0 * predict(k, x, context)
+            wanted = (targets[i + 1, picks].float() - steps[i].next_from_x * x) / steps[i].next_from_x0
         loss = (predict(i, x, context) - wanted).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -185,7 +178,12 @@ def write(layers: dict[str, LowRank], folder: Path) -> None:
         "alpha_pattern": ranks,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "bias": "none",
-        "_t2v_distilled": {"name": "t2v-demo-turbo", "solver": "ddim", "default_steps": STEPS, "max_steps": 8},
+        "_t2v_distilled": {
+            "name": RECIPE.name,
+            "solver": RECIPE.solver,
+            "default_steps": RECIPE.default_steps,
+            "max_steps": RECIPE.max_steps,
+        },
     }
     write_json(folder / "adapter_config.json", config)
     print(f"wrote {folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
